@@ -1,0 +1,31 @@
+"""Errors that a user can cause, each a ValueError that says what to do."""
+
+from __future__ import annotations
+
+
+class ViditqError(ValueError):
+    """Base of every error that viditq_fx raises for a user's mistake."""
+
+
+class OptionError(ViditqError):
+    """An option of `torch.compile(..., backend="viditq", options=...)` is unknown or has a wrong value."""
+
+
+class SchemeError(ViditqError):
+    """A quantization scheme cannot be parsed or is not available."""
+
+
+class StrictError(ViditqError):
+    """`strict=True` and a planned site was refused."""
+
+
+class ReleasedWeightError(ViditqError):
+    """A weight whose full-precision storage was released is used in full precision."""
+
+
+class WeightError(ViditqError):
+    """A weight cannot be packed: on `meta`, not finite, or otherwise unusable."""
+
+
+class VerifyError(AssertionError):
+    """A pass left the graph in a state that breaks an invariant: a bug of ours or of an extra pass."""

@@ -1,0 +1,26 @@
+"""The op dialect: what passes produce and lowerings consume, defined once with its meaning."""
+
+from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
+from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.pack import PACK_INT8, UNPACK_INT8
+from viditq_fx.ops.quantize import (
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TOKEN,
+    QUANTIZE_PER_CHANNEL,
+    QUANTIZE_PER_TOKEN,
+)
+
+__all__ = [
+    "DEQUANTIZE_PER_CHANNEL",
+    "DEQUANTIZE_PER_TOKEN",
+    "LINEAR_W8A7",
+    "LINEAR_W8A8",
+    "PACK_INT8",
+    "QUANTIZE_PER_CHANNEL",
+    "QUANTIZE_PER_TOKEN",
+    "UNPACK_INT8",
+    "QuantOp",
+    "Sample",
+    "Tolerance",
+    "all_ops",
+]

@@ -1,0 +1,122 @@
+"""Integer linear: Y[m, n] = s_x[m] * s_w[n] * sum_k Xq[m, k] * Wq[n, k] (+ bias[n]).
+
+The sum is exact in int32; scales and bias are applied in fp32; one cast ends it (never a cast
+before every scale is applied: that overflows fp16). |sum| <= 127 * 127 * K fits int32 for
+K <= 133,000.
+
+Shapes: x_MK int8 [..., K], s_M fp32 [..., 1], w_NK int8 [N, K] row-major, s_N fp32 [N], bias_N [N]
+of any float dtype; result [..., N] in `out_dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from viditq_fx.ops.base import QuantOp, Sample, register
+from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
+
+EXACT_K = 1040
+"""Largest K for which any sum of int8 products is below 2^24, so that fp32 adds it exactly."""
+
+
+def exact_int_matmul(x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    """int8 [M, K] x int8 [N, K] -> exact int32 [M, N].
+
+    fp32 GEMMs over slices of K of at most EXACT_K: every partial sum is an integer below 2^24,
+    so fp32 holds it exactly in any order of addition; the slices are added in int32.
+    `torch._int_mm` is not used: it is absent or 20x slower on a CPU and has shape limits on CUDA.
+    """
+    rows, depth = x_MK.shape
+    acc = torch.zeros(rows, w_NK.shape[0], dtype=torch.int32, device=x_MK.device)
+    for start in range(0, depth, EXACT_K):
+        part = slice(start, min(start + EXACT_K, depth))
+        product = x_MK[:, part].to(torch.float32) @ w_NK[:, part].to(torch.float32).t()
+        acc = acc + product.to(torch.int32)
+    return acc
+
+
+def linear_epilogue(
+    acc: Tensor, scale_M: Tensor, scale_N: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """acc [..., N] -> acc * s_M * s_N (+ bias) in fp32, cast once to `out_dtype`."""
+    y = acc.to(torch.float32) * scale_M * scale_N
+    if bias_N is not None:
+        y = y + bias_N.to(torch.float32)
+    return y.to(out_dtype)
+
+
+def _check(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    if x_q.dtype != torch.int8 or w_q.dtype != torch.int8:
+        raise ValueError(f"linear_w8a8: operands must be int8; got x {x_q.dtype} and w {w_q.dtype}")
+    if w_q.dim() != 2 or x_q.dim() < 1 or x_q.shape[-1] != w_q.shape[1]:
+        raise ValueError(f"linear_w8a8: x {tuple(x_q.shape)} and w {tuple(w_q.shape)} share no K")
+    if x_scale.shape != (*x_q.shape[:-1], 1) or w_scale.shape != (w_q.shape[0],):
+        raise ValueError(
+            f"linear_w8a8: scales must be [..., 1] and [N]; got {tuple(x_scale.shape)}, {tuple(w_scale.shape)}"
+        )
+    if bias is not None and bias.shape != (w_q.shape[0],):
+        raise ValueError(f"linear_w8a8: bias must be [{w_q.shape[0]}]; got {tuple(bias.shape)}")
+
+
+def linear_w8a8(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """The reference: exact integers, fp32 epilogue (see the module's formula).
+
+    Raises ValueError for dtypes or shapes that do not fit together.
+    """
+    _check(x_q, x_scale, w_q, w_scale, bias)
+    acc = exact_int_matmul(x_q.reshape(-1, x_q.shape[-1]), w_q)
+    return linear_epilogue(acc.reshape(*x_q.shape[:-1], w_q.shape[0]), x_scale, w_scale, bias, out_dtype)
+
+
+def _fake(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=out_dtype)
+
+
+def _samples(bits: int, device: torch.device) -> Iterator[Sample]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    cases = (
+        ((64,), 128, 64, torch.float32, True),
+        ((2, 9), 40, 24, torch.bfloat16, True),
+        ((3, 1), 1152, 8, torch.float16, False),
+        ((17,), 33, 7, torch.float32, True),
+        ((1,), 16, 16, torch.bfloat16, False),
+    )
+    for batch, depth, width, dtype, with_bias in cases:
+        x = torch.randn(*batch, depth, generator=gen, device=device)
+        w = torch.randn(width, depth, generator=gen, device=device) * depth**-0.5
+        bias = torch.randn(width, generator=gen, device=device).to(dtype) if with_bias else None
+        label = f"{'x'.join(map(str, batch))}-k{depth}-n{width}-{str(dtype).removeprefix('torch.')}"
+        args = (*quantize_per_token(x, bits), *quantize_per_channel(w, 8), bias, dtype)
+        yield Sample(label=label, args=args)
+
+
+_SCHEMA = (
+    "(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias, ScalarType out_dtype) -> Tensor"
+)
+
+LINEAR_W8A8 = register(
+    QuantOp(
+        name="linear_w8a8",
+        schema=_SCHEMA,
+        reference=linear_w8a8,
+        fake=_fake,
+        samples=lambda device: _samples(8, device),
+    )
+)
+LINEAR_W8A7 = register(
+    # The same sum; the op of its own says that |x_q| <= 63, which a CPU kernel may rely on.
+    QuantOp(
+        name="linear_w8a7",
+        schema=_SCHEMA,
+        reference=linear_w8a8,
+        fake=_fake,
+        samples=lambda device: _samples(7, device),
+    )
+)

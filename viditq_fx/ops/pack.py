@@ -1,0 +1,81 @@
+"""Weight packing, defined once: the memory layouts that kernels read.
+
+plain      w_q int8 [N, K], row-major. What the reference reads.
+padded     w_q int8 [N, Kp] with Kp = K rounded up to `multiple` and zeros in the tail, so that every
+           row starts on a `multiple`-byte boundary and the K loop of a GEMM needs no mask on w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from viditq_fx.ops.base import QuantOp, Sample, register
+
+
+def _check(w: Tensor, op: str) -> None:
+    if w.dtype != torch.int8 or w.dim() != 2:
+        raise ValueError(f"{op}: a packed weight is int8 [N, K]; got {w.dtype} {tuple(w.shape)}")
+
+
+def pack_int8(w_NK: Tensor, multiple: int) -> Tensor:
+    """int8 [N, K] -> int8 [N, Kp], K padded with zeros to a multiple of `multiple`, row-major.
+
+    Raises ValueError for another dtype or rank, or `multiple` < 1.
+    """
+    _check(w_NK, "pack_int8")
+    if multiple < 1:
+        raise ValueError(f"pack_int8: multiple={multiple} must be at least 1")
+    pad = -w_NK.shape[1] % multiple
+    return F.pad(w_NK, (0, pad)).contiguous() if pad else w_NK.clone(memory_format=torch.contiguous_format)
+
+
+def unpack_int8(w_packed: Tensor, depth: int) -> Tensor:
+    """int8 [N, Kp] -> int8 [N, depth]: the inverse of `pack_int8`.
+
+    Raises ValueError for another dtype or rank, or `depth` > Kp.
+    """
+    _check(w_packed, "unpack_int8")
+    if not 0 < depth <= w_packed.shape[1]:
+        raise ValueError(f"unpack_int8: K={depth} does not fit the packed width {w_packed.shape[1]}")
+    return w_packed[:, :depth].clone(memory_format=torch.contiguous_format)
+
+
+def _weights(device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    for rows, depth in ((8, 32), (5, 17), (3, 1)):
+        w = torch.randint(-127, 128, (rows, depth), generator=gen, device=device, dtype=torch.int8)
+        yield f"{rows}x{depth}", w
+
+
+def _pack_samples(device: torch.device) -> Iterator[Sample]:
+    for label, w in _weights(device):
+        yield Sample(label=label, args=(w, 16))
+
+
+def _unpack_samples(device: torch.device) -> Iterator[Sample]:
+    for label, w in _weights(device):
+        yield Sample(label=label, args=(pack_int8(w, 16), w.shape[1]))
+
+
+PACK_INT8 = register(
+    QuantOp(
+        name="pack_int8",
+        schema="(Tensor w, int multiple) -> Tensor",
+        reference=pack_int8,
+        fake=lambda w, multiple: w.new_empty((w.shape[0], w.shape[1] + -w.shape[1] % multiple)),
+        samples=_pack_samples,
+    )
+)
+UNPACK_INT8 = register(
+    QuantOp(
+        name="unpack_int8",
+        schema="(Tensor w_packed, int depth) -> Tensor",
+        reference=unpack_int8,
+        fake=lambda w_packed, depth: w_packed.new_empty((w_packed.shape[0], depth)),
+        samples=_unpack_samples,
+    )
+)
