@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from viditq_fx.ops.base import QuantOp, Sample, register
+from viditq_fx.ops.blocked import plain_weight
 from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
 
 EXACT_K = 1040
@@ -30,12 +31,14 @@ def exact_int_matmul(x_MK: Tensor, w_NK: Tensor) -> Tensor:
     `torch._int_mm` is not used: it is absent or 20x slower on a CPU and has shape limits on CUDA.
     """
     rows, depth = x_MK.shape
-    acc = torch.zeros(rows, w_NK.shape[0], dtype=torch.int32, device=x_MK.device)
-    for start in range(0, depth, EXACT_K):
-        part = slice(start, min(start + EXACT_K, depth))
-        product = x_MK[:, part].to(torch.float32) @ w_NK[:, part].to(torch.float32).t()
-        acc = acc + product.to(torch.int32)
-    return acc
+    slices = max(1, -(-depth // EXACT_K))
+    size = max(1, -(-depth // slices))
+    acc: Tensor | None = None
+    for start in range(0, depth, size):
+        x_part, w_part = x_MK[:, start : start + size], w_NK[:, start : start + size]
+        product = (x_part.to(torch.float32) @ w_part.to(torch.float32).t()).to(torch.int32)
+        acc = product if acc is None else acc + product
+    return torch.zeros(rows, w_NK.shape[0], dtype=torch.int32, device=x_MK.device) if acc is None else acc
 
 
 def linear_epilogue(
@@ -69,7 +72,7 @@ def linear_w8a8(
     Raises ValueError for dtypes or shapes that do not fit together.
     """
     _check(x_q, x_scale, w_q, w_scale, bias)
-    acc = exact_int_matmul(x_q.reshape(-1, x_q.shape[-1]), w_q)
+    acc = exact_int_matmul(x_q.reshape(-1, x_q.shape[-1]), plain_weight(w_q))
     return linear_epilogue(acc.reshape(*x_q.shape[:-1], w_q.shape[0]), x_scale, w_scale, bias, out_dtype)
 
 

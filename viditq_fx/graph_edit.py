@@ -1,0 +1,72 @@
+"""Making nodes that Dynamo, AOTAutograd and Inductor take for Dynamo's own."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+_INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def example(node: fx.Node) -> Any:
+    """The fake value of a node, or None."""
+    return node.meta.get("example_value")
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """Insert a call at the graph's insertion point, with its fake value and `like`'s provenance.
+
+    AOTAutograd's cache is bypassed for nodes that carry no `example_value`.
+    """
+    node = graph.call_function(target, args)
+    for key in _INHERITED:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    fake_mode = _fake_mode(node)
+    values = fx.map_arg(args, lambda arg: example(arg))
+    with fake_mode, torch.no_grad():
+        node.meta["example_value"] = target(*values)
+    return node
+
+
+def getitem(graph: fx.Graph, node: fx.Node, index: int, like: fx.Node) -> fx.Node:
+    """Insert `node[index]`."""
+    item = graph.call_function(operator.getitem, (node, index))
+    for key in _INHERITED:
+        if key in like.meta:
+            item.meta[key] = like.meta[key]
+    item.meta["example_value"] = example(node)[index]
+    return item
+
+
+def _fake_mode(node: fx.Node) -> Any:
+    for source in node.all_input_nodes:
+        value = example(source)
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, torch.Tensor) and hasattr(tensor, "fake_mode"):
+                return tensor.fake_mode
+    raise AssertionError(f"no input of {node.format_node()} carries a fake tensor")
+
+
+def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose placeholders can be added and erased: Dynamo re-reads those of its own `gm`."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert isinstance(output, tuple)
+    result, old_output = output
+    new_output = graph.output(result)
+    new_output.meta = copy.copy(old_output.meta)
+    for old, new in mapping.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    duplicate = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    duplicate.meta = copy.copy(gm.meta)
+    for name in ("_param_name_to_source", "dynamo_flat_name_to_original_fqn"):
+        if hasattr(gm, name):
+            setattr(duplicate, name, getattr(gm, name))
+    return duplicate

@@ -1,0 +1,79 @@
+"""Our options of torch.compile(..., options={...}), told apart from Inductor's and checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from viditq_fx.errors import OptionError
+from viditq_fx.scheme import QuantScheme
+
+WEIGHTS_MODES = ("keep", "release")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """The options that viditq_fx itself understands; every other key is Inductor's."""
+
+    scheme: QuantScheme = QuantScheme(weight_bits=8, input_bits=8)
+    """Scheme of every site that the policy quantizes, by name: "w8a8" or "w8a7"."""
+    keep: tuple[str, ...] = ()
+    """Sites to leave in full precision besides the policy's: globs over module paths, or roles."""
+    strict: bool = False
+    """Raise when a planned site is refused or the graph cannot be quantized."""
+    weights: str = "keep"
+    """"keep": full-precision weights stay as they are, packed ones are added. "release": their memory
+    is given back once they are packed; the model then runs only through its compiled form."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of our options."""
+        return tuple(f.name for f in fields(cls))
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, dict[str, Any]]:
+    """Split user options into ours (checked) and the rest (Inductor's, unchecked here).
+
+    Raises OptionError (SchemeError for a bad scheme) for a value of a wrong type or range.
+    """
+    if options is None:
+        options = {}
+    if not isinstance(options, Mapping):
+        raise OptionError(f"options must be a dict, not {type(options).__name__}")
+    for key in options:
+        if not isinstance(key, str):
+            raise OptionError(f"option names are strings; got {key!r}")
+    names = CompileOptions.names()
+    ours = {key: value for key, value in options.items() if key in names}
+    rest = {key: value for key, value in options.items() if key not in names}
+    if "scheme" in ours:
+        ours["scheme"] = QuantScheme.parse(ours["scheme"])
+    if "keep" in ours:
+        ours["keep"] = _patterns(ours["keep"])
+    if not isinstance(ours.get("strict", False), bool):
+        raise OptionError(f"option 'strict' is True or False, not {ours['strict']!r}")
+    if ours.get("weights", "keep") not in WEIGHTS_MODES:
+        raise OptionError(f"option 'weights' is one of {WEIGHTS_MODES}, not {ours['weights']!r}")
+    return CompileOptions(**ours), rest
+
+
+def unknown_option(key: str, inductor_names: Iterable[str]) -> OptionError:
+    """The error for a key that is neither ours nor Inductor's, with the nearest names."""
+    names = CompileOptions.names()
+    near = difflib.get_close_matches(key, [*names, *inductor_names], n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return OptionError(
+        f"unknown option {key!r}{hint} viditq's options are {', '.join(names)}; "
+        "every option of torch.compile's inductor backend is accepted too"
+    )
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple | set | frozenset) or not all(
+        isinstance(p, str) and p for p in patterns
+    ):
+        raise OptionError(f"option 'keep' is a pattern or a list of patterns (strings), not {value!r}")
+    return tuple(patterns)

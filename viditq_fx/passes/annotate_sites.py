@@ -1,0 +1,138 @@
+"""Find every linear, name it as a Site, find its role, and plan its precision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.dataflow import is_parameter, op_name, source_name
+from viditq_fx.graph_edit import example
+from viditq_fx.passes.policy import reason_to_keep
+from viditq_fx.passes.roles import find_roles, is_pointwise_conv, linear_input
+from viditq_fx.report import SiteReport
+from viditq_fx.site import Site, fqn_of_source
+
+SITE_KEY = "viditq_site"
+"""Key of a node's meta that holds its Site."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateSites(Pass):
+    """Give each linear a Site in its node's meta and a line in the report, with a plan or a reason."""
+
+    name: ClassVar[str] = "annotate_sites"
+    changes_numerics: ClassVar[bool] = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        roles = find_roles(gm.graph)
+        results: list[Match | Reject] = []
+        for node in gm.graph.nodes:
+            if op_name(node) == "multi_head_attention_forward":
+                results.append(_opaque_attention(node, ctx))
+            if node not in roles or node.name in ctx.sites:
+                continue
+            site = Site(fqn_of_node(node))
+            node.meta[SITE_KEY] = site
+            entry = _describe(node, roles[node])
+            ctx.sites[node.name] = entry
+            ctx.report.sites.append(entry)
+            results.append(_plan(node, site, entry, ctx))
+        return tuple(results)
+
+
+def fqn_of_node(node: fx.Node) -> str:
+    """Module path of the innermost module that a node stands in; equal to its name in named_modules()."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return fqn_of_source(next(reversed(stack.values()))[0])
+
+
+def hint(size: Any) -> int | None:
+    """The size that a dimension had at compile time; None for an unbacked one."""
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)
+    value = getattr(node, "hint", None) if node is not None else None
+    return int(value) if isinstance(value, int) else None
+
+
+def _rows(tensor: torch.Tensor) -> tuple[str, int | None]:
+    sizes = tensor.shape[:-1]
+    hints = [hint(size) for size in sizes]
+    known = None if any(h is None for h in hints) else math.prod(h for h in hints if h is not None)
+    return str(math.prod(sizes)), known
+
+
+def _describe(node: fx.Node, role: str) -> SiteReport:
+    weight = _weight_node(node)
+    value = example(weight) if weight is not None else None
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else (0, 0)
+    rows, _ = _rows(example(linear_input(node)))
+    if is_pointwise_conv(node):
+        rows = str(example(node).numel() // example(node).shape[1])
+    return SiteReport(
+        fqn=fqn_of_node(node),
+        role=role,
+        rows=rows,
+        depth=int(shape[1]),
+        width=int(shape[0]),
+        weight=source_name(weight) if weight is not None else None,
+        bytes_full=value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0,
+    )
+
+
+def _weight_node(node: fx.Node) -> fx.Node | None:
+    index = 2 if op_name(node).startswith("linear_w") else 1
+    weight = node.args[index] if len(node.args) > index else None
+    return weight if isinstance(weight, fx.Node) else None
+
+
+def _plan(node: fx.Node, site: Site, entry: SiteReport, ctx: PassContext) -> Match | Reject:
+    if op_name(node).startswith("linear_w"):
+        entry.planned = entry.done = op_name(node).removeprefix("linear_")
+        entry.bytes_packed, entry.bytes_full = entry.bytes_full + 4 * entry.width, 2 * entry.bytes_full
+        return Match(site=site, detail="already an integer linear")
+    _, rows = _rows(example(linear_input(node)))
+    reason = reason_to_keep(entry, None if is_pointwise_conv(node) else rows, ctx.keep)
+    if reason is None:
+        entry.planned = str(ctx.scheme)
+        reason = _why_impossible(node)
+    if reason is not None:
+        entry.reason = reason
+        return Reject(site=site, reason=reason)
+    return Match(site=site, detail=entry.role)
+
+
+def _why_impossible(node: fx.Node) -> str | None:
+    if is_pointwise_conv(node):
+        return "pointwise convolution: only linears over the last dimension are quantized"
+    weight = _weight_node(node)
+    if weight is None or not is_parameter(weight):
+        return "its weight is computed in the graph, not a parameter: it cannot be packed once"
+    value, source = example(weight), example(linear_input(node))
+    if value.dtype not in _FLOATS:
+        return f"weight dtype {value.dtype}: only fp32, bf16 and fp16 weights are packed"
+    if source.dtype not in _FLOATS:
+        return f"input dtype {source.dtype}: only fp32, bf16 and fp16 inputs are quantized"
+    if value.device.type == "meta" or value.device != source.device:
+        return f"weight on {value.device} but input on {source.device}"
+    if value.dim() != 2:
+        return f"weight has {value.dim()} dimensions: a linear's weight is [N, K]"
+    return None
+
+
+def _opaque_attention(node: fx.Node, ctx: PassContext) -> Reject:
+    site = Site(fqn_of_node(node))
+    reason = "F.multi_head_attention_forward hides its four projections in one call"
+    if node.name not in ctx.sites:
+        entry = SiteReport(fqn=site.fqn, role="other", rows="", depth=0, width=0, reason=reason)
+        ctx.sites[node.name] = entry
+        ctx.report.sites.append(entry)
+    return Reject(site=site, reason=reason)

@@ -1,0 +1,173 @@
+"""Data flow of a Dynamo graph: which values depend on what, mutation and metadata edges included.
+
+Dynamo's graph is not functional: rotary embeddings write lanes with `setitem`, so the written
+tensor depends on the write. And some edges carry only metadata: `x.type_as(y)` does not depend
+on y's values. Both matter to every question about roles.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable
+from enum import Flag, auto
+
+import torch
+from torch import fx
+
+from viditq_fx.graph_edit import example
+
+_METADATA_ONLY = frozenset(
+    {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"}
+    | {"new_empty", "new_full", "new_tensor", "size", "dim", "stride", "numel"}
+)
+_FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
+_VIEWS = frozenset(
+    {"view", "reshape", "unflatten", "flatten", "transpose", "permute", "chunk", "split", "unbind", "getitem"}
+    | {"squeeze", "unsqueeze", "narrow", "expand", "contiguous", "t", "movedim", "select", "tensor_split"}
+)
+
+
+class Taint(Flag):
+    """What a value depends on. Anything that depends on content is content, whatever else it holds."""
+
+    NONE = 0
+    PARAMETER = auto()
+    CONDITION = auto()
+    """Timestep, class, guidance, pooled text: one vector for a sample, or per frame."""
+    STRUCTURE = auto()
+    """Masks, positions, token types."""
+    CONTENT = auto()
+
+
+def op_name(node: fx.Node) -> str:
+    """Bare name of what a node calls: "linear", "scaled_dot_product_attention", "add_", ..."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    packet = getattr(target, "_overloadpacket", None)
+    if packet is not None:
+        return packet.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder (or attribute) holds a parameter or buffer of the compiled module."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    source = source_name(node)
+    if "_parameters[" in source or "_buffers[" in source:
+        return True
+    grapharg = node.meta.get("grapharg")
+    real = grapharg.example if grapharg is not None else None
+    return isinstance(real, torch.nn.Parameter) or isinstance(example(node), torch.nn.Parameter)
+
+
+def source_name(node: fx.Node) -> str:
+    """Dynamo's name of where a placeholder comes from, or "" when it has none."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "") if source is not None else ""
+    return name if isinstance(name, str) else name()
+
+
+class DataFlow:
+    """Value dependencies of one graph, and what each value is tainted by."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = tuple(graph.nodes)
+        self._written: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in self.nodes:
+            if is_mutation(node) and node.args and isinstance(node.args[0], fx.Node):
+                self._add_write(node.args[0], node)
+        self.taint = self._propagate()
+
+    def _add_write(self, target: fx.Node, write: fx.Node) -> None:
+        while True:
+            self._written[target].append(write)
+            views_of = op_name(target) in _VIEWS and target.args and isinstance(target.args[0], fx.Node)
+            if not views_of:
+                return
+            target = target.args[0]  # type: ignore[assignment]
+
+    def inputs(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Nodes whose values `node`'s value depends on, writes into it included."""
+        name = op_name(node)
+        direct: Iterable[fx.Node] = node.all_input_nodes
+        if name in _METADATA_ONLY or (name == "getattr" and node.op == "call_function"):
+            direct = ()
+        elif name in _FIRST_ONLY and node.args and isinstance(node.args[0], fx.Node):
+            direct = (node.args[0],)
+        return (*direct, *self._written.get(node, ()))
+
+    def _propagate(self) -> dict[fx.Node, Taint]:
+        batch = _batch_size(self.nodes)
+        taint: dict[fx.Node, Taint] = {}
+        for _ in range(2):  # a write may stand after its first reader: the second sweep carries it back
+            for node in self.nodes:
+                value = _leaf_taint(node, batch)
+                for source in self.inputs(node):
+                    value |= taint.get(source, Taint.NONE)
+                taint[node] = _transform(node, value)
+        return taint
+
+    def is_content(self, node: fx.Node) -> bool:
+        """Whether the node's value depends on the model's content input."""
+        return Taint.CONTENT in self.taint[node]
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether a node writes into its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target is operator.setitem:
+        return True
+    name = op_name(node)
+    return (name.endswith("_") and not name.endswith("__")) or name in {"iadd", "isub", "imul", "itruediv"}
+
+
+def _batch_size(nodes: tuple[fx.Node, ...]) -> object:
+    """First dimension of the first content-shaped placeholder; None when there is none."""
+    for node in nodes:
+        value = example(node)
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and not is_parameter(node):
+            if value.is_floating_point() and value.dim() >= 3:
+                return value.shape[0]
+    return None
+
+
+def _leaf_taint(node: fx.Node, batch: object) -> Taint:
+    if node.op == "get_attr":
+        return Taint.PARAMETER
+    if node.op != "placeholder":
+        return Taint.NONE
+    if is_parameter(node):
+        return Taint.PARAMETER
+    value = example(node)
+    if not isinstance(value, torch.Tensor):
+        return Taint.NONE
+    if value.dtype == torch.bool:
+        return Taint.STRUCTURE
+    if value.dim() <= 1:
+        return Taint.CONDITION
+    if not value.is_floating_point() and not value.is_complex():
+        return Taint.STRUCTURE
+    if value.dim() == 2 and batch is not None and value.shape[0] == batch:
+        return Taint.CONDITION
+    return Taint.CONTENT
+
+
+def _transform(node: fx.Node, taint: Taint) -> Taint:
+    name = op_name(node)
+    if name in {"sin", "cos"} and Taint.CONTENT in taint:
+        # Sinusoids are taken of times and positions, never of content.
+        return (taint & ~Taint.CONTENT) | Taint.CONDITION
+    if name == "embedding":
+        value = example(node)
+        tokens = isinstance(value, torch.Tensor) and value.dim() >= 3
+        return Taint.CONTENT if tokens else Taint.CONDITION
+    return taint

@@ -1,0 +1,88 @@
+"""Put quantize and dequantize nodes round the operands of every planned linear.
+
+    linear(x, w, b) -> linear(dequantize(quantize_per_token(x)), dequantize(quantize_per_channel(w)), b)
+
+The graph still runs and shows, in plain nodes, what will be rounded where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.passes.annotate_sites import SITE_KEY
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.graph_edit import call, example, getitem
+from viditq_fx.scheme import QuantScheme
+from viditq_fx.site import Site
+
+SCHEME_KEY = "viditq_scheme"
+"""Key of a node's meta that holds the scheme of the site it belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertQdq(Pass):
+    """Insert the nodes that change numerics; everything after this pass keeps them."""
+
+    name: ClassVar[str] = "insert_qdq"
+    changes_numerics: ClassVar[bool] = True
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        results: list[Match | Reject] = []
+        quantized: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]] = {}
+        for node in list(gm.graph.nodes):
+            entry = ctx.sites.get(node.name)
+            if entry is None or entry.planned is None or entry.reason is not None or SCHEME_KEY in node.meta:
+                continue
+            if node.target is not torch.nn.functional.linear:
+                continue
+            scheme = QuantScheme.parse(entry.planned)
+            site: Site = node.meta[SITE_KEY]
+            _wrap_input(gm.graph, node, scheme, quantized)
+            _wrap_weight(gm.graph, node, scheme)
+            node.meta[SCHEME_KEY] = scheme
+            results.append(Match(site=site, detail=str(scheme)))
+        return tuple(results)
+
+
+def _wrap_input(
+    graph: fx.Graph,
+    linear: fx.Node,
+    scheme: QuantScheme,
+    quantized: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]],
+) -> None:
+    """Quantize the input; linears that share it share one quantize."""
+    x = linear.args[0]
+    assert isinstance(x, fx.Node)
+    key = (x, scheme.input_bits)
+    with graph.inserting_before(linear):
+        if key not in quantized:
+            pair = call(graph, ops.QUANTIZE_PER_TOKEN.overload, (x, scheme.input_bits), linear)
+            quantized[key] = (getitem(graph, pair, 0, linear), getitem(graph, pair, 1, linear))
+            _stamp((pair, *quantized[key]), linear, scheme, "input")
+        q, scale = quantized[key]
+        value = call(graph, ops.DEQUANTIZE_PER_TOKEN.overload, (q, scale, example(x).dtype), linear)
+        _stamp((value,), linear, scheme, "input")
+    linear.update_arg(0, value)
+
+
+def _wrap_weight(graph: fx.Graph, linear: fx.Node, scheme: QuantScheme) -> None:
+    w = linear.args[1]
+    assert isinstance(w, fx.Node)
+    with graph.inserting_before(linear):
+        pair = call(graph, ops.QUANTIZE_PER_CHANNEL.overload, (w, scheme.weight_bits), linear)
+        q, scale = getitem(graph, pair, 0, linear), getitem(graph, pair, 1, linear)
+        value = call(graph, ops.DEQUANTIZE_PER_CHANNEL.overload, (q, scale, example(w).dtype), linear)
+        _stamp((pair, q, scale, value), linear, scheme, "weight")
+    linear.update_arg(1, value)
+
+
+def _stamp(nodes: tuple[fx.Node, ...], linear: fx.Node, scheme: QuantScheme, role: str) -> None:
+    site: Site = linear.meta[SITE_KEY]
+    for node in nodes:
+        node.meta[SITE_KEY] = Site(site.fqn, role)
+        node.meta[SCHEME_KEY] = scheme

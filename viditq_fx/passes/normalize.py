@@ -1,0 +1,63 @@
+"""Bring Dynamo's graph to the form that later passes match.
+
+    dropout(x, p, training=False) -> x        F.dropout(x, 0) -> x
+    linear(input=x, weight=w, bias=b) -> linear(x, w, b)
+    dead pure nodes -> nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.dataflow import is_mutation, op_name
+
+_DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
+_EFFECTS = ("rand", "bernoulli", "normal", "multinomial", "manual_seed", "seed", "record_function", "print")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalize(Pass):
+    """Remove what does nothing and give each linear one spelling; values do not change."""
+
+    name: ClassVar[str] = "normalize"
+    changes_numerics: ClassVar[bool] = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        for node in list(gm.graph.nodes):
+            if _is_idle_dropout(node):
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
+            elif node.op == "call_function" and node.target is torch.nn.functional.linear and node.kwargs:
+                _positional(node)
+        gm.graph.eliminate_dead_code(is_impure_node=lambda node: not _is_removable(node))
+        return ()
+
+
+def _positional(node: fx.Node) -> None:
+    operands = [*node.args]
+    for key in ("input", "weight", "bias")[len(operands) :]:
+        operands.append(node.kwargs.get(key))
+    node.args, node.kwargs = tuple(operands), {}
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    if node.op != "call_function" or op_name(node) not in _DROPOUTS:
+        return False
+    bound = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+    idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0
+    return idle and bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
+def _is_removable(node: fx.Node) -> bool:
+    """Whether a node without users can go: Dynamo's graphs hold writes and mode switches that have none."""
+    if node.op not in {"call_function", "call_method"} or is_mutation(node) or "out" in node.kwargs:
+        return False
+    name = op_name(node)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return False
+    return not name.startswith(("_", *_EFFECTS)) and not isinstance(node.target, torch._ops.HigherOrderOperator)

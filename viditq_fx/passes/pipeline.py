@@ -1,0 +1,59 @@
+"""The order of the passes, in one place, with verification, time and trace round each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx
+
+from viditq_fx.passes.annotate_sites import AnnotateSites
+from viditq_fx.passes.base import Pass, PassContext
+from viditq_fx.passes.fuse_linear import FuseLinear
+from viditq_fx.passes.insert_qdq import InsertQdq
+from viditq_fx.passes.normalize import Normalize
+from viditq_fx.passes.place_weights import PlaceWeights
+from viditq_fx.passes.verify import verify
+from viditq_fx.report import PassTrace
+
+Observer = Callable[[str, fx.GraphModule], None]
+"""Called with a pass's name and the graph as that pass left it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPipeline:
+    """Passes in the order in which they run."""
+
+    passes: tuple[Pass, ...]
+    observer: Observer | None = None
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        """Run every pass over `gm` in place; verify and trace after each.
+
+        Raises VerifyError when a pass breaks an invariant.
+        """
+        for step in self.passes:
+            before, start = len(gm.graph.nodes), time.perf_counter()
+            results = step.run(gm, ctx)
+            seconds = time.perf_counter() - start
+            verify(gm, ctx, after=step.name)
+            gm.recompile()
+            matches = sum(type(result).__name__ == "Match" for result in results)
+            ctx.report.passes.append(
+                PassTrace(
+                    name=step.name,
+                    seconds=seconds,
+                    matches=matches,
+                    rejects=len(results) - matches,
+                    nodes_before=before,
+                    nodes_after=len(gm.graph.nodes),
+                )
+            )
+            if self.observer is not None:
+                self.observer(step.name, gm)
+
+
+def default_passes() -> tuple[Pass, ...]:
+    """THE order."""
+    return (Normalize(), AnnotateSites(), InsertQdq(), FuseLinear(), PlaceWeights())

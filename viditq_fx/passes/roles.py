@@ -1,0 +1,245 @@
+"""The role of every linear, from data flow alone: no name of a model, module or attribute decides.
+
+Three primitives: linear, attention, taint. Walking back from an attention's operands to the first
+linears gives q, k and v; a linear whose input walks back to an attention without crossing a
+residual add or a norm is its output; through an activation to other linears it is an FFN's down,
+and those are its up. A linear without content in its input is conditioning. Before the first and
+after the last of these are stem and head.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from viditq_fx.passes.dataflow import DataFlow, op_name
+from viditq_fx.graph_edit import example
+
+ATTENTION_NAMES = frozenset(
+    {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
+    | {"_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"}
+)
+MATMULS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "mm", "addmm"})
+_ACTIVATIONS = frozenset(
+    {"gelu", "silu", "relu", "relu_", "mish", "leaky_relu", "elu", "sigmoid", "tanh", "hardswish", "quick_gelu"}
+)
+_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "native_layer_norm"})
+_ADDS = frozenset({"add", "add_", "iadd", "addcmul", "addcmul_", "lerp"})
+_OPERAND_KEYS = ("query", "key", "value")
+
+CONDITION, STEM, HEAD, OTHER = "cond", "stem", "head", "other"
+
+
+def is_linear(node: fx.Node) -> bool:
+    """A linear with whole weight: F.linear, or an integer linear of the dialect."""
+    if node.op != "call_function":
+        return False
+    return node.target is torch.nn.functional.linear or op_name(node) in {"linear_w8a8", "linear_w8a7"}
+
+
+def is_pointwise_conv(node: fx.Node) -> bool:
+    """A convolution of kernel size 1 without groups: a linear over channels in disguise."""
+    if node.op != "call_function" or op_name(node) not in {"conv1d", "conv2d", "conv3d"}:
+        return False
+    weight = example(node.args[1]) if len(node.args) > 1 and isinstance(node.args[1], fx.Node) else None
+    source = example(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if not isinstance(weight, torch.Tensor) or not isinstance(source, torch.Tensor):
+        return False
+    return all(size == 1 for size in weight.shape[2:]) and weight.shape[1] == source.shape[1]
+
+
+def linear_input(node: fx.Node) -> fx.Node:
+    """The activation operand of a linear."""
+    operand = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(operand, fx.Node)
+    return operand
+
+
+def find_roles(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Role of each linear (pointwise convolutions included) of a graph."""
+    return _RoleFinder(graph).roles()
+
+
+class _RoleFinder:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.flow = DataFlow(graph)
+        self.linears = [n for n in graph.nodes if is_linear(n) or is_pointwise_conv(n)]
+        self.content = {n for n in self.linears if self._reads_content(n)}
+        self.attentions = [n for n in graph.nodes if self._is_attention(n)]
+        self._barrier = self.content | set(self.attentions)
+        self._found: dict[fx.Node, set[str]] = defaultdict(set)
+        self._kinds: dict[fx.Node, frozenset[str]] = {}
+
+    def _reads_content(self, node: fx.Node) -> bool:
+        return self.flow.is_content(linear_input(node))
+
+    def _is_attention(self, node: fx.Node) -> bool:
+        name = op_name(node)
+        if name in ATTENTION_NAMES:
+            return True
+        if name not in MATMULS and node.target is not operator.matmul:
+            return False
+        operands = [a for a in node.all_input_nodes if isinstance(example(a), torch.Tensor)]
+        return len(operands) >= 2 and all(self.flow.is_content(a) for a in operands[:2])
+
+    def roles(self) -> dict[fx.Node, str]:
+        for attention in self.attentions:
+            self._label_operands(attention)
+        for linear in self.linears:
+            if linear in self.content:
+                self._label_by_input(linear)
+        before = self._reached(reversed_edges=False)
+        after = self._reached(reversed_edges=True)
+        return {n: self._decide(n, before, after) for n in self.linears}
+
+    def _decide(self, node: fx.Node, before: set[fx.Node], after: set[fx.Node]) -> str:
+        if node not in self.content:
+            return CONDITION
+        found = self._found.get(node, set())
+        letters = "".join(x for x in "qkv" if f"attn.{x}" in found)
+        if letters:
+            return f"attn.{letters}"
+        if self.attentions and node not in before and (not found or self._embeds(node, after)):
+            return STEM
+        if self.attentions and self._follows_stem(node, before) and not self._in_residual(node):
+            return STEM
+        if found:
+            return "+".join(sorted(found))
+        if self.attentions and node not in after:
+            return HEAD
+        return OTHER
+
+    def _embeds(self, node: fx.Node, after: set[fx.Node]) -> bool:
+        """An up-projection of the model's input whose branch is not added back to that input."""
+        downs = [n for n in self.content if n is not node and node in self._ups_of(n)]
+        return bool(downs) and not any(self._in_residual(down) for down in downs)
+
+    def _follows_stem(self, node: fx.Node, before: set[fx.Node]) -> bool:
+        ups = self._ups_of(node)
+        return bool(ups) and all(up not in before for up in ups)
+
+    def _in_residual(self, node: fx.Node) -> bool:
+        """Whether the linear's result is added to something that its own branch also reads."""
+        up_inputs = {linear_input(up) for up in self._ups_of(node)} | {linear_input(node)}
+        ancestors = self._ancestors(up_inputs)
+        queue, seen = [node], set()
+        while queue:
+            current = queue.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            for user in current.users:
+                if op_name(user) in _ADDS:
+                    others = [a for a in self.flow.inputs(user) if a is not current]
+                    if any(o in ancestors and self.flow.is_content(o) for o in others):
+                        return True
+                if user not in self._barrier and op_name(user) not in _NORMS:
+                    queue.append(user)
+        return False
+
+    def _ancestors(self, starts: set[fx.Node]) -> set[fx.Node]:
+        queue, seen = list(starts), set()
+        while queue:
+            current = queue.pop()
+            if current not in seen:
+                seen.add(current)
+                queue.extend(self.flow.inputs(current))
+        return seen
+
+    def _label_operands(self, attention: fx.Node) -> None:
+        operands: list[tuple[str, fx.Node]] = []
+        positional = [a for a in attention.args[:3] if isinstance(a, fx.Node)]
+        operands += list(zip("qkv", positional, strict=False))
+        for letter, key in zip("qkv", _OPERAND_KEYS, strict=True):
+            value = attention.kwargs.get(key)
+            if isinstance(value, fx.Node):
+                operands.append((letter, value))
+        if op_name(attention) not in ATTENTION_NAMES:
+            return  # a product of two activations is a barrier; which operand plays which part is not known
+        for letter, operand in operands:
+            for linear in self._first_linears(operand):
+                self._found[linear].add(f"attn.{letter}")
+
+    def _first_linears(self, start: fx.Node) -> set[fx.Node]:
+        queue, seen, hits = [start], set(), set()
+        while queue:
+            current = queue.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current in self._barrier:
+                if current in self.content:
+                    hits.add(current)
+                continue
+            queue.extend(n for n in self.flow.inputs(current) if self.flow.is_content(n))
+        return hits
+
+    def _label_by_input(self, linear: fx.Node) -> None:
+        kinds = self._kind(linear_input(linear))
+        if "attention" in kinds:
+            self._found[linear].add("attn.out")
+        if "acted" in kinds:
+            self._found[linear].add("ffn.down")
+            for up in self._ups_of(linear):
+                self._found[up].add("ffn.up")
+
+    def _kind(self, node: fx.Node) -> frozenset[str]:
+        """What a value is made of up to the nearest residual add or norm."""
+        if node not in self._kinds:
+            self._kinds[node] = frozenset({"stop"})  # cycles through writes end here
+            self._kinds[node] = self._kind_of(node)
+        return self._kinds[node]
+
+    def _kind_of(self, node: fx.Node) -> frozenset[str]:
+        if node in self.content:
+            return frozenset({"linear"})
+        if node in self._barrier:
+            return frozenset({"attention"})
+        name = op_name(node)
+        if node.op == "placeholder" or name in _NORMS or not self.flow.is_content(node):
+            return frozenset({"stop"})
+        sources = [n for n in self.flow.inputs(node) if self.flow.is_content(n)]
+        kinds = frozenset().union(*(self._kind(n) for n in sources)) if sources else frozenset({"stop"})
+        if name in _ADDS and len(sources) > 1 and kinds != {"attention"}:
+            return frozenset({"stop"})
+        if name in _ACTIVATIONS and "linear" in kinds:
+            return kinds | {"acted"}
+        return kinds
+
+    def _ups_of(self, linear: fx.Node) -> set[fx.Node]:
+        """Linears on the branch that feeds `linear` through an activation."""
+        start = linear_input(linear)
+        if linear not in self.content or "acted" not in self._kind(start):
+            return set()
+        queue, seen, ups = [start], set(), set()
+        while queue:
+            current = queue.pop()
+            if current in seen or self._kind(current) == {"stop"}:
+                continue
+            seen.add(current)
+            if current in self.content:
+                ups.add(current)
+            elif current not in self._barrier:
+                queue.extend(n for n in self.flow.inputs(current) if self.flow.is_content(n))
+        return ups
+
+    def _reached(self, *, reversed_edges: bool) -> set[fx.Node]:
+        """Nodes that have a content linear or attention before them (after them, if reversed)."""
+        edges: Callable[[fx.Node], tuple[fx.Node, ...]]
+        users: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in self.flow.nodes:
+            for source in self.flow.inputs(node):
+                users[source].append(node)
+        edges = self.flow.inputs if reversed_edges else lambda n: tuple(users[n])
+        reached: set[fx.Node] = set()
+        queue = [n for start in self._barrier for n in edges(start)]
+        while queue:
+            current = queue.pop()
+            if current not in reached:
+                reached.add(current)
+                queue.extend(edges(current))
+        return reached

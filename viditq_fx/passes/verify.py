@@ -1,0 +1,61 @@
+"""What must hold between passes; a violation is a bug of a pass and raises VerifyError."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.errors import VerifyError
+from viditq_fx.passes.base import PassContext
+from viditq_fx.graph_edit import example
+from viditq_fx.passes.insert_qdq import SCHEME_KEY
+from viditq_fx.passes.place_weights import SLOT_KEY
+
+
+def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
+    """Check the invariants that hold after every pass, and those that pass `after` establishes.
+
+    Raises VerifyError naming the pass and the node.
+    """
+    gm.graph.lint()
+    for node in gm.graph.nodes:
+        problem = _problem(node)
+        if problem is not None:
+            raise VerifyError(f"after pass {after!r}: {node.format_node()}: {problem}")
+    names = {node.name for node in gm.graph.nodes}
+    lost = [name for name in ctx.sites if name not in names]
+    if lost:
+        raise VerifyError(f"after pass {after!r}: sites lost their node: {lost}")
+    for name, entry in ctx.sites.items():
+        if after == "place_weights" and entry.planned and entry.done is None and entry.reason is None:
+            raise VerifyError(f"site {entry.fqn!r} ({name}) was planned as {entry.planned}, not done, with no reason")
+
+
+def _problem(node: fx.Node) -> str | None:
+    if node.target in (ops.QUANTIZE_PER_TOKEN.overload, ops.QUANTIZE_PER_CHANNEL.overload) and not node.users:
+        return "orphan quantize: nothing reads its integers"
+    if SCHEME_KEY in node.meta and example(node) is None:
+        return "a node of the dialect carries no example value"
+    if SLOT_KEY in node.meta and not node.users:
+        return "a packed weight that nothing reads"
+    if node.target in (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload):
+        return _linear_problem(node)
+    if node.target is operator.getitem and node.args and isinstance(node.args[0], fx.Node):
+        source = node.args[0].target
+        if source in (ops.QUANTIZE_PER_TOKEN.overload, ops.QUANTIZE_PER_CHANNEL.overload) and not node.users:
+            return "an output of quantize that nothing reads"
+    return None
+
+
+def _linear_problem(node: fx.Node) -> str | None:
+    x, x_scale, w, w_scale = (example(arg) for arg in node.args[:4])  # type: ignore[arg-type]
+    if x.dtype != torch.int8 or w.dtype != torch.int8:
+        return f"integer linear over {x.dtype} x {w.dtype}"
+    if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
+        return "scales are fp32"
+    if tuple(w_scale.shape) != (w.shape[0],) or x_scale.shape[-1] != 1:
+        return f"scale shapes {tuple(x_scale.shape)}, {tuple(w_scale.shape)} match neither token nor channel"
+    return None

@@ -1,0 +1,71 @@
+"""What happened to every site of one compiled graph: plain data, no rendering."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class SiteReport:
+    """One linear (or a relative of it) of a compiled graph."""
+
+    fqn: str
+    """Module path relative to the compiled module; "" is the compiled module itself."""
+    role: str
+    """Role found by data flow: attn.q, attn.kv, attn.out, ffn.up, ffn.down, cond, stem, head, other."""
+    rows: str
+    """M: tokens x batch at compile time; a symbolic expression under dynamic shapes."""
+    depth: int
+    """K: input channels."""
+    width: int
+    """N: output channels."""
+    planned: str | None = None
+    """Scheme that the policy asked for; None when it keeps the site in full precision."""
+    done: str | None = None
+    """Scheme that was carried out; None when the site runs in full precision."""
+    kernel: str | None = None
+    """What computes it: chosen by the lowering, e.g. "onednn-u8" or "triton:linear_w8a8 128x256x128"."""
+    reason: str | None = None
+    """Why the site is not quantized, or why the first choice of kernel was not taken."""
+    weight: str | None = None
+    """Source of the weight parameter, which says where two sites share one."""
+    bytes_full: int = 0
+    """Bytes of the weight in full precision."""
+    bytes_packed: int = 0
+    """Bytes of integers and scales that stand for it; 0 when not quantized."""
+
+
+@dataclass(kw_only=True)
+class PassTrace:
+    """One pass over one graph."""
+
+    name: str
+    seconds: float
+    matches: int
+    rejects: int
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass(kw_only=True)
+class CompileReport:
+    """Everything that one call of the backend planned, did and refused."""
+
+    scheme: str
+    device: str
+    sites: list[SiteReport] = field(default_factory=list)
+    rejects: list[str] = field(default_factory=list)
+    """Refusals that concern the graph and no single site, e.g. that it wants gradients."""
+    passes: list[PassTrace] = field(default_factory=list)
+
+    def site(self, fqn: str) -> SiteReport:
+        """The report of the site with this module path. Raises KeyError when there is none."""
+        for entry in self.sites:
+            if entry.fqn == fqn:
+                return entry
+        raise KeyError(fqn)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, ready for JSON."""
+        return asdict(self)
