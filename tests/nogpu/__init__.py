@@ -1,0 +1,1 @@
+"""Test support: check CUDA kernels and Inductor's CUDA code on a machine that has no GPU."""

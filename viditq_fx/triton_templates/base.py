@@ -1,0 +1,136 @@
+"""KernelTemplate: a Triton kernel with the op it computes, its tile configs and what it declines.
+
+A kernel is written once, as a plain `@triton.jit` function that ends in one `tl.store`. What
+Inductor splices into its generated code is that function's own text: the lines between the
+signature and the store (`body_of`), with Inductor's hooks in place of both ends. So the kernel that
+tests interpret and assemble and the kernel that a compiled model runs cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from viditq_fx.ops.base import QuantOp
+
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Largest shared memory of one block, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+
+
+def architecture(capability: tuple[int, int]) -> int | None:
+    """(major, minor) -> the architecture whose configs fit it: 80, 89, 90 or 100; None below sm_80.
+
+    sm_86 and sm_12x have the 99 KiB of shared memory of sm_89, so they take its configs.
+    """
+    if capability < (8, 0):
+        return None
+    if capability in ((8, 0), (8, 7)):
+        return 80
+    return {8: 89, 9: 90, 10: 100}.get(capability[0], 89)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmConfig:
+    """Tile of one program and how it is pipelined."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    group_m: int = 8
+    """Tiles of M that are walked together, so that their rows of w stay in L2."""
+    rate: float = 1.0
+    """Throughput of a full tile relative to the architecture's best one: an estimate until measured."""
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of int8 operand tiles in flight."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem:
+    """One integer linear [M, K] x [N, K] as far as it is known when the kernel is chosen."""
+
+    rows: int
+    """M, or its hint when it is dynamic."""
+    width: int
+    """N."""
+    depth: int
+    """K."""
+    out_dtype: torch.dtype
+    capability: tuple[int, int]
+    """Compute capability of the device."""
+    processors: int
+    """Number of streaming multiprocessors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTemplate:
+    """A kernel, the ops whose meaning it has, and its configs by architecture and shape class."""
+
+    name: str
+    ops: tuple[QuantOp, ...]
+    """Ops of the dialect that this kernel computes; their references are what it is tested against."""
+    source_file: Path
+    """The Python file in which the kernel stands."""
+    kernel: str
+    """Name of the `@triton.jit` function in it."""
+    configs: tuple[tuple[int, str, tuple[GemmConfig, ...]], ...]
+    """(architecture, shape class, configs), see `LinearProblem` and `shape_class`."""
+    supports: Callable[[LinearProblem], str | None]
+    """None when the kernel computes the problem, else the reason why not."""
+
+    @cached_property
+    def body(self) -> str:
+        """The kernel's lines between its docstring and its store, indented by four spaces."""
+        return body_of(self.source_file.read_text(encoding="utf-8"), self.kernel)
+
+    def candidates(self, problem: LinearProblem) -> tuple[GemmConfig, ...]:
+        """The configs of the problem's architecture and shape class, best estimate first.
+
+        Raises AssertionError for a problem that `supports` declines.
+        """
+        arch = architecture(problem.capability)
+        wanted = (arch, shape_class(problem.rows))
+        found = [c for known, shape, configs in self.configs if (known, shape) == wanted for c in configs]
+        assert found, f"{self.name} has no config for {wanted}"
+        return tuple(sorted(found, key=lambda config: estimated_cost(config, problem)))
+
+
+def shape_class(rows: int) -> str:
+    """M -> "skinny" (up to 32 rows: conditioning vectors) or "wide" (tokens)."""
+    return "skinny" if rows <= 32 else "wide"
+
+
+def estimated_cost(config: GemmConfig, problem: LinearProblem) -> float:
+    """Waves of tiles times the work of one tile, in arbitrary units: only its order matters."""
+    tiles = -(-problem.rows // config.block_m) * -(-problem.width // config.block_n)
+    waves = -(-tiles // problem.processors)
+    return waves * config.block_m * config.block_n / config.rate
+
+
+def body_of(text: str, function: str) -> str:
+    """Python source -> the lines of `function` after its docstring and before its last statement.
+
+    Raises AssertionError when the function is missing or does not end in one `tl.store(...)`.
+    """
+    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function]
+    assert len(nodes) == 1, f"{function} is defined {len(nodes)} times"
+    docstring, *_, store = nodes[0].body
+    assert ast.get_docstring(nodes[0]), f"{function} must open with its formula"
+    assert ast.unparse(store).startswith("tl.store("), f"{function} must end in tl.store"
+    lines = text.splitlines()[docstring.end_lineno : store.lineno - 1]
+    body = textwrap.indent(textwrap.dedent("\n".join(lines)), "    ").rstrip() + "\n"
+    assert not {"{{", "{%"} & {body[i : i + 2] for i in range(len(body))}, f"{function} holds jinja syntax"
+    return body
