@@ -26,6 +26,8 @@ class CompileOptions:
     weights: str = "keep"
     """"keep": full-precision weights stay as they are, packed ones are added. "release": their memory
     is given back once they are packed; the model then runs only through its compiled form."""
+    mode: str | None = None
+    """Inductor's mode ("max-autotune", ...): torch.compile forbids `mode=` beside `options=`."""
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -56,6 +58,8 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
         raise OptionError(f"option 'strict' is True or False, not {ours['strict']!r}")
     if ours.get("weights", "keep") not in WEIGHTS_MODES:
         raise OptionError(f"option 'weights' is one of {WEIGHTS_MODES}, not {ours['weights']!r}")
+    if not isinstance(ours.get("mode"), str | None):
+        raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
     return CompileOptions(**ours), rest
 
 

@@ -1,0 +1,161 @@
+"""The torch.compile backend "viditq": options, passes, kernel selection, Inductor, runtime."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from viditq_fx.errors import OptionError, StrictError
+from viditq_fx.options import CompileOptions, split_options, unknown_option
+from viditq_fx.report import CompileReport
+
+
+def viditq_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph quantized; `torch.compile(model, backend="viditq")` calls this.
+
+    `options` holds viditq's keys (see CompileOptions) and Inductor's, `mode` is Inductor's.
+    Raises OptionError or SchemeError for a wrong option, StrictError for a refusal under
+    `strict=True`. A graph that wants gradients is compiled by plain Inductor, with a Reject.
+    """
+    ours, theirs = split_options(options)
+    inductor = _inductor(mode or ours.mode, theirs)
+    report = CompileReport(scheme=str(ours.scheme), device=_device(example_inputs))
+    # Imported late: Dynamo loads this module to look the backend up, also for other backends.
+    from viditq_fx.runtime import CompiledGraph, wants_gradients
+
+    if wants_gradients(example_inputs):
+        reason = "the graph wants gradients: run it under torch.no_grad() or torch.inference_mode()"
+        _refuse_graph(report, reason, ours)
+        compiled = inductor(gm, example_inputs)
+        return CompiledGraph(
+            compiled=compiled,
+            passed_through=range(len(example_inputs)),
+            weights=(),
+            full_weights=_parameters(gm),
+            report=report,
+            release_weights=False,
+        )
+    return _compile_quantized(gm, example_inputs, ours, inductor, report)
+
+
+def _compile_quantized(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    ours: CompileOptions,
+    inductor: Callable[..., Any],
+    report: CompileReport,
+) -> Callable[..., Any]:
+    from viditq_fx.graph_edit import copy_graph_module, example
+    from viditq_fx.lowering.select import compile_with_kernels
+    from viditq_fx.passes.base import PassContext
+    from viditq_fx.passes.pipeline import PassPipeline, default_passes
+    from viditq_fx.passes.place_weights import SLOT_KEY
+    from viditq_fx.runtime import CompiledGraph
+
+    original = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    quantized = copy_graph_module(gm)
+    ctx = PassContext(scheme=ours.scheme, keep=ours.keep, report=report)
+    PassPipeline(passes=default_passes()).run(quantized, ctx)
+    if ours.strict:
+        _raise_refusals(report)
+
+    positions = {node.name: index for index, node in enumerate(original)}
+    values: list[Any] = []
+    passed_through: list[int] = []
+    for node in quantized.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if SLOT_KEY in node.meta:
+            values.append(example(node))
+        else:
+            passed_through.append(positions[node.name])
+            values.append(example_inputs[positions[node.name]])
+    sources = _source_names(original)
+    compiled, kernels = compile_with_kernels(quantized, values, inductor)
+    for name, choice in kernels.items():
+        entry = ctx.sites.get(name)
+        if entry is not None:
+            entry.kernel, entry.reason = choice.kernel, choice.reason or entry.reason
+    return CompiledGraph(
+        compiled=compiled,
+        passed_through=passed_through,
+        weights=_weight_arguments(ctx.weight_slots, positions, sources),
+        full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],
+        report=report,
+        release_weights=ours.weights == "release",
+    )
+
+
+def _weight_arguments(slots: Sequence[Any], positions: Mapping[str, int], sources: Sequence[str]) -> list[Any]:
+    from viditq_fx.runtime import WeightArgument
+
+    return [
+        WeightArgument(
+            index=positions[slot.source],
+            name=sources[positions[slot.source]],
+            bits=slot.bits,
+            frees_source=slot.frees_source,
+        )
+        for slot in slots
+    ]
+
+
+def _source_names(placeholders: Sequence[fx.Node]) -> list[str]:
+    from viditq_fx.passes.dataflow import source_name
+
+    return [source_name(node) or node.name for node in placeholders]
+
+
+def _parameters(gm: fx.GraphModule) -> list[tuple[int, str]]:
+    from viditq_fx.passes.dataflow import is_parameter
+
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = _source_names(placeholders)
+    return [(i, names[i]) for i, node in enumerate(placeholders) if is_parameter(node)]
+
+
+def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor's own compiler object: it checks mode and options as backend="inductor" does."""
+    try:
+        return torch._TorchCompileInductorWrapper(mode, options, None)
+    except RuntimeError as error:
+        text = str(error)
+        for key in options:
+            if text.startswith(f"Unexpected optimization option {key},"):
+                known = text.partition("[")[2].rstrip("]").replace("'", "").split(", ")
+                raise unknown_option(key, known) from error
+        raise OptionError(f"Inductor refuses an option or mode: {text}") from error
+
+
+def _device(example_inputs: Sequence[Any]) -> str:
+    for value in example_inputs:
+        if isinstance(value, Tensor):
+            return value.device.type
+    return "cpu"
+
+
+def _refuse_graph(report: CompileReport, reason: str, options: CompileOptions) -> None:
+    if options.strict:
+        raise StrictError(f"strict=True: {reason}")
+    report.rejects.append(reason)
+    warnings.warn(f"viditq: compiled by plain Inductor, not quantized: {reason}", stacklevel=2)
+
+
+def _raise_refusals(report: CompileReport) -> None:
+    refused = [entry for entry in report.sites if entry.planned is not None and entry.done is None]
+    if refused:
+        lines = "\n".join(f"  {entry.fqn}: {entry.reason}" for entry in refused)
+        raise StrictError(
+            f"strict=True: {len(refused)} planned sites were refused:\n{lines}\n"
+            "Name them in options={'keep': [...]} to leave them in full precision on purpose"
+        )

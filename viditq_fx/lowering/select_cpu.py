@@ -1,0 +1,59 @@
+"""Choose what computes an integer linear on a CPU, and spell it in ops that Inductor fuses round.
+
+    linear(xq, s_x, wq, s_w, b) -> linear_epilogue(matmul(xq, wq), s_x, s_w, b)
+
+matmul is exact in every choice:
+onednn-u8    8-bit inputs with VNNI or AMX            onednn-u7    7-bit inputs on any x86 CPU
+fp32-exact   fp32 GEMMs over short slices of K, where oneDNN's int8 is absent or saturates
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.graph_edit import call, example
+from viditq_fx.ops.onednn import ZERO_POINTS, onednn_is_exact
+
+_INPUT_BITS = {ops.LINEAR_W8A8.overload: 8, ops.LINEAR_W8A7.overload: 7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """What computes a site, and why the faster choice was not taken."""
+
+    kernel: str
+    reason: str | None = None
+
+
+def choose_cpu_kernel(bits: int) -> KernelChoice:
+    """The kernel for inputs of `bits` on this CPU; tries oneDNN once in a process."""
+    if onednn_is_exact(bits):
+        return KernelChoice(kernel=f"onednn-u{bits}")
+    hint = "; scheme 'w8a7' is exact in oneDNN" if bits == 8 and onednn_is_exact(7) else ""
+    reason = f"oneDNN's int8 saturates or is absent on this CPU (no VNNI or AMX){hint}"
+    return KernelChoice(kernel="fp32-exact", reason=reason)
+
+
+def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
+    """Rewrite every integer linear on a CPU; returns the choice by the linear's node name."""
+    choices: dict[str, KernelChoice] = {}
+    for node in list(gm.graph.nodes):
+        if node.target not in _INPUT_BITS or example(node).device.type != "cpu":
+            continue
+        bits = _INPUT_BITS[node.target]
+        choice = choices[node.name] = choose_cpu_kernel(bits)
+        x, x_scale, w, w_scale, bias, dtype = node.args
+        with gm.graph.inserting_before(node):
+            if choice.kernel == "fp32-exact":
+                acc = call(gm.graph, ops.MATMUL_S8_BY_FP32.overload, (x, w), node)
+            else:
+                shifted = call(gm.graph, ops.SHIFT_TO_U8.overload, (x, ZERO_POINTS[bits]), node)
+                acc = call(gm.graph, ops.MATMUL_U8S8.overload, (shifted, w, ZERO_POINTS[bits]), node)
+            y = call(gm.graph, ops.LINEAR_EPILOGUE.overload, (acc, x_scale, w_scale, bias, dtype), node)
+        node.replace_all_uses_with(y)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return choices

@@ -1,0 +1,136 @@
+"""Give back the memory of a full-precision weight while the parameter object stays as it is.
+
+Dynamo's guards look at a parameter's type, shape, dtype and device, so the object has to stay.
+Its memory is replaced:
+
+on Linux CPUs     by pages that all map one shared tile filled with 0xFF, which is NaN in every float
+                  format: no memory of its own, and whoever reads it gets NaN, never a crash. Writing
+                  (load_state_dict) gives it pages of its own again.
+on CUDA           by nothing (storage of size 0).
+
+The modules that hold the parameter get hooks that turn eager use and saving into a clear error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import mmap
+import os
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq_fx.errors import ReleasedWeightError
+from viditq_fx.ops.packed_weights import is_released, mark_released
+
+_TILE_BYTES = 16 << 20
+_MAP_FIXED = 0x10
+
+
+def why_not_release(weight: Tensor) -> str | None:
+    """Why a weight's memory cannot be given back, or None."""
+    if weight.device.type not in {"cpu", "cuda"}:
+        return f"weights on {weight.device.type} cannot be released"
+    if weight.device.type == "cpu" and not sys.platform.startswith("linux"):
+        return "releasing CPU weights needs Linux"
+    if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+        return "its memory is shared with other tensors (a view of a larger storage)"
+    readers = [type(m).__name__ for m in _owners(weight) if not isinstance(m, nn.Linear)]
+    if readers:
+        return f"tied: also read by {', '.join(sorted(set(readers)))}"
+    return None
+
+
+def release(weight: Tensor, name: str) -> None:
+    """Give back the memory of a packed weight; call `why_not_release` first.
+
+    Raises OSError when the address space cannot be mapped; the weight is then untouched.
+    """
+    if is_released(weight):
+        return
+    owners = _owners(weight)
+    with torch.no_grad():
+        if weight.device.type == "cpu":
+            weight.data = _nan_tensor(weight)
+        else:
+            weight.untyped_storage().resize_(0)
+    mark_released(weight)
+    for module in owners:
+        _guard(module, weight, name)
+
+
+def _owners(weight: Tensor) -> list[nn.Module]:
+    """Modules that hold the parameter, found by identity."""
+    found = []
+    for candidate in gc.get_referrers(weight):
+        if isinstance(candidate, dict):
+            for holder in gc.get_referrers(candidate):
+                module = _module_of(holder, candidate)
+                if module is not None and module not in found:
+                    found.append(module)
+    return found
+
+
+def _module_of(holder: Any, parameters: dict[str, Any]) -> nn.Module | None:
+    if isinstance(holder, nn.Module) and holder.__dict__.get("_parameters") is parameters:
+        return holder
+    if isinstance(holder, dict) and holder.get("_parameters") is parameters:
+        for module in gc.get_referrers(holder):
+            if isinstance(module, nn.Module) and module.__dict__ is holder:
+                return module
+    return None
+
+
+def _guard(module: nn.Module, weight: Tensor, name: str) -> None:
+    """Refuse eager use and saving of a module whose weight is gone."""
+    reference = weakref.ref(weight)
+
+    def refuse(*_: object, **__: object) -> None:
+        held = reference()
+        if torch.compiler.is_compiling() or held is None or not is_released(held):
+            return
+        raise ReleasedWeightError(
+            f"{name}: its full-precision memory was released (weights='release'). Call the compiled model, "
+            "or use viditq_fx.quantize_(model, ...) for a model that runs, moves and saves in int8"
+        )
+
+    module.register_forward_pre_hook(refuse)
+    module.register_state_dict_pre_hook(refuse)
+
+
+def _nan_tensor(like: Tensor) -> Tensor:
+    """A tensor of NaN with `like`'s dtype, shape and strides that takes no memory of its own."""
+    nbytes = like.numel() * like.element_size()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    length = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    protection, anonymous = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    failed = ctypes.c_void_p(-1).value
+    base = libc.mmap(None, length, protection, anonymous, -1, 0)
+    if base == failed:
+        raise OSError(ctypes.get_errno(), "cannot reserve address space for a released weight")
+    for start in range(0, length, _TILE_BYTES):
+        size = min(_TILE_BYTES, length - start)
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        if libc.mmap(base + start, size, protection, flags, _nan_tile(), 0) == failed:
+            libc.munmap(base, length)
+            raise OSError(ctypes.get_errno(), "cannot map the shared page of a released weight")
+    buffer = (ctypes.c_char * nbytes).from_address(base)
+    weakref.finalize(buffer, libc.munmap, base, length)
+    flat = torch.frombuffer(buffer, dtype=like.dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+@functools.lru_cache(maxsize=1)
+def _nan_tile() -> int:
+    """File descriptor of the shared tile, made once for the process."""
+    descriptor = os.memfd_create("viditq-released")
+    os.write(descriptor, b"\xff" * _TILE_BYTES)
+    return descriptor
