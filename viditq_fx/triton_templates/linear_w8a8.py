@@ -11,6 +11,7 @@ wgmma wants them), s_M and s_N fp32, bias_N any float dtype, y_MN the output dty
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -117,15 +118,16 @@ def launch(
     x_MK, s_M = x_q.reshape(-1, x_q.shape[-1]).contiguous(), x_scale.reshape(-1).contiguous()
     (rows, depth), width = x_MK.shape, w_q.shape[0]
     y_MN = torch.empty(rows, width, dtype=out_dtype, device=x_q.device)
+    options: dict[str, Any] = {"num_stages": config.num_stages, "num_warps": config.num_warps}
+    options |= constants(config, None, width, depth) | {"HAS_BIAS": bias is not None}
+    options |= {"N": width, "K": depth}
+    options["INDEX_DTYPE"] = tl.int32 if y_MN.numel() < 2**31 else tl.int64
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
     if y_MN.numel():
         linear_w8a8_kernel[grid](
             *(x_MK, s_M, w_q.contiguous(), w_scale, w_scale if bias is None else bias, y_MN),
-            *(rows, width, depth),
-            HAS_BIAS=bias is not None,
-            INDEX_DTYPE=tl.int32 if y_MN.numel() < 2**31 else tl.int64,
-            **constants(config, None, width, depth),
-            **{"num_stages": config.num_stages, "num_warps": config.num_warps},
+            rows,
+            **options,
         )
     return y_MN.reshape(*x_q.shape[:-1], width)
 

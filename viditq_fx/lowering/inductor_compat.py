@@ -1,0 +1,231 @@
+"""Every use of Inductor's private API, behind small functions that hide how torch 2.11 to 2.13 differ.
+
+No other file names `torch._inductor` (ruff TID251). This one imports Inductor inside its functions:
+importing it is cheap and works where neither a GPU nor Triton is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# ------------------------------------------------------------------ kernel templates and lowerings
+
+Box = Any
+"""A `torch._inductor.ir.TensorBox`: a tensor of the graph that is being lowered."""
+Choice = Any
+"""A `torch._inductor.ir.ChoiceCaller`: one way to compute a node."""
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported; says nothing about a device."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def register_lowering(overload: Any, lower: Callable[..., Any]) -> None:
+    """Have Inductor call `lower(*args)` for each call of `overload`; the last registration holds."""
+    from torch._inductor.lowering import register_lowering as register
+
+    register(overload, type_promotion_kind=None)(lower)
+
+
+def call_eager(overload: Any, *args: Any) -> Any:
+    """The node that calls `overload`'s eager implementation: what an op without a lowering gets."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(overload, add_to_fallback_set=False)(*args)
+
+
+def zero_tensor(size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Box:
+    """A node that makes a tensor of zeros (or an empty one)."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.aten.full.default](list(size), 0, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweredNode:
+    """The FX node that is being lowered."""
+
+    name: str
+    fqn: str
+    """Path of the innermost module that it came from; "" when it is unknown."""
+
+
+def current_node() -> LoweredNode:
+    """The FX node whose lowering is running."""
+    from torch._inductor.virtualized import V
+
+    node = V.graph.current_node
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return LoweredNode(name=node.name, fqn=stack[-1][0] if stack else "")
+
+
+def static_int(size: Any) -> int | None:
+    """A size that is the same in every call, else None."""
+    import sympy
+
+    return int(size) if isinstance(size, int | sympy.Integer) else None
+
+
+def size_hint(size: Any) -> int:
+    """The size seen at compile time, for choices that affect speed only."""
+    from torch._inductor.virtualized import V
+
+    return int(V.graph.sizevars.optimization_hint(size, fallback=4096))
+
+
+def product(sizes: Sequence[Any]) -> Any:
+    """Product of sizes, symbolic or not; 1 of none."""
+    from torch._inductor.utils import sympy_product
+
+    return sympy_product(sizes)
+
+
+def contiguous(box: Box) -> Box:
+    """`box` in memory, row-major and dense: a copy only where its layout is another."""
+    from torch._inductor import ir
+
+    return ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(box))
+
+
+def output_layout(box: Box, size: Sequence[Any], dtype: torch.dtype) -> Any:
+    """Row-major layout of a result on `box`'s device."""
+    from torch._inductor import ir
+
+    return ir.FixedLayout(box.get_device(), dtype, list(size))
+
+
+def triton_template(name: str, source: str) -> Any:
+    """The `TritonTemplate` of that name; made at the first call.
+
+    `source` is Inductor's template text. Its grid is one program a [BLOCK_M, BLOCK_N] tile of a
+    [rows, columns] result. Torch keeps templates by name, so one name means one source for good.
+    """
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    def tiles(rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, ...]:
+        return cdiv(rows, meta["BLOCK_M"]) * cdiv(columns, meta["BLOCK_N"]), 1, 1
+
+    known = TritonTemplate.all_templates.get(name)
+    return known or TritonTemplate(name=name, grid=SymbolicGridFn(tiles), source=source)
+
+
+def triton_choice(
+    template: Any,
+    inputs: Sequence[Box],
+    layout: Any,
+    *,
+    rows: Any,
+    columns: Any,
+    num_stages: int,
+    num_warps: int,
+    constants: dict[str, Any],
+) -> Choice:
+    """`template` with one config as a way to compute a node of `layout`.
+
+    ACC_TYPE is fp32 whatever the kernel accumulates in: torch 2.13 casts the stored value to it
+    before a fused epilogue, so int32 would truncate the dequantized value.
+    """
+    choices: list[Choice] = []
+    error = template.maybe_append_choice(
+        choices,
+        input_nodes=tuple(inputs),
+        layout=layout,
+        call_sizes=[rows, columns],
+        num_stages=num_stages,
+        num_warps=num_warps,
+        ACC_TYPE="tl.float32",
+        **constants,
+    )
+    assert len(choices) == 1, f"template {template.name} made no choice: {error}"
+    return choices[0]
+
+
+def extern_choice(kernel: Callable[..., Any], inputs: Sequence[Box], layout: Any, **options: Any) -> Choice:
+    """The Python function `kernel(*inputs, **options)` as a way to compute a node of `layout`."""
+    from torch._inductor.select_algorithm import ExternKernelChoice, extern_kernels
+
+    register_extern(kernel)
+    choice = getattr(extern_kernels, _EXTERN_HANDLES)[kernel.__name__]
+    assert isinstance(choice, ExternKernelChoice)
+    return choice.bind(list(inputs), layout, **options)
+
+
+_EXTERN_HANDLES = "_viditq_choices"
+
+
+def register_extern(kernel: Callable[..., Any]) -> None:
+    """Make `extern_kernels.<name>` exist, which generated code calls: also code from a cache.
+
+    Torch 2.11 offers no look-up of what is registered, so the handles are kept beside the kernels.
+    """
+    from torch._inductor.select_algorithm import ExternKernelChoice, extern_kernels
+
+    handles = extern_kernels.__dict__.setdefault(_EXTERN_HANDLES, {})
+    if kernel.__name__ not in handles:
+        handles[kernel.__name__] = ExternKernelChoice(kernel, has_out_variant=False)
+
+
+def wants_autotuning() -> bool:
+    """Whether the caller asked Inductor to time kernels and there is a device to time them on."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm) and torch.cuda.is_available()
+
+
+def select(name: str, choices: Sequence[Choice], inputs: Sequence[Box], layout: Any) -> tuple[Box, Choice]:
+    """(node, what it was made from): the only choice as it stands, the fastest of several.
+
+    The winner is settled here and not in the scheduler, so that it can be reported.
+    """
+    if len(choices) == 1:
+        return choices[0].output_node(), choices[0]
+    import inspect
+
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache, autotune_select_algorithm
+
+    options: dict[str, Any] = {"return_multi_template": False}
+    if "return_choice" in inspect.signature(AlgorithmSelectorCache.__call__).parameters:
+        options["return_choice"] = True  # torch 2.11; later versions always return the pair
+    result = autotune_select_algorithm(name, list(choices), list(inputs), layout, **options)
+    return result if isinstance(result, tuple) else (result, None)
+
+
+# ------------------------------------------------------------------------------- how graphs compile
+
+
+def wide_persistent_reductions(limit: int = 16384) -> AbstractContextManager[None]:
+    """Compile inside this, and rows of up to `limit` elements are reduced in one pass.
+
+    Inductor's own limit is 1024: a LayerNorm + quantize over D = 1152 would read its input three
+    times and keep an fp32 copy. Only reductions along the contiguous dimension are widened.
+    """
+    from torch._inductor import config
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    base = type(V.choices)
+
+    class WidePersistentReductions(base):
+        def uuid(self) -> str:  # torch 2.13 puts it in the cache key of a configured choices class
+            return f"viditq-wide-persistent-{limit}-{base.__qualname__}"
+
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if base.should_use_persistent_reduction(features, cooperative_reduction):
+                return True
+            if not config.triton.persistent_reductions:
+                return False
+            inner = features.get_reduction_hint() == ReductionHint.INNER
+            fits = V.graph.sizevars.statically_known_leq(features.reduction_numel, limit)
+            return bool(inner and fits and not cooperative_reduction)
+
+    assert issubclass(base, InductorChoices)
+    return V.set_choices_handler(WidePersistentReductions())
