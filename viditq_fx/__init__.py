@@ -1,3 +1,52 @@
 """viditq_fx: run diffusion transformers quantized through torch.compile(model, backend="viditq")."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from viditq_fx.errors import (
+        OptionError,
+        ReleasedWeightError,
+        SchemeError,
+        StrictError,
+        ViditqError,
+        WeightError,
+    )
+    from viditq_fx.inspection import ExplainReport, explain
+    from viditq_fx.ops.packed_weights import repack
+    from viditq_fx.quant_linear import QuantLinear
+    from viditq_fx.quantize import quantize_
+    from viditq_fx.scheme import QuantScheme, available_schemes
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ExplainReport": "viditq_fx.inspection",
+    "OptionError": "viditq_fx.errors",
+    "QuantLinear": "viditq_fx.quant_linear",
+    "QuantScheme": "viditq_fx.scheme",
+    "ReleasedWeightError": "viditq_fx.errors",
+    "SchemeError": "viditq_fx.errors",
+    "StrictError": "viditq_fx.errors",
+    "ViditqError": "viditq_fx.errors",
+    "WeightError": "viditq_fx.errors",
+    "available_schemes": "viditq_fx.scheme",
+    "explain": "viditq_fx.inspection",
+    "quantize_": "viditq_fx.quantize",
+    "repack": "viditq_fx.ops.packed_weights",
+}
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    # Dynamo imports this package to look backends up, even for other backends: keep that light.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'viditq_fx' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

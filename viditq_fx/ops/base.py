@@ -67,8 +67,19 @@ def register(op: QuantOp) -> QuantOp:
     else:
         _LIBRARY.impl(op.name, op.reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{op.name}", op.fake, lib=_LIBRARY)
+        torch.library.register_autograd(f"{NAMESPACE}::{op.name}", _no_derivative(op.name), lib=_LIBRARY)
     _REGISTRY[op.name] = op
     return op
+
+
+def _no_derivative(name: str) -> Callable[..., Any]:
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(
+            f"viditq::{name} is for inference and has no derivative: run the model under torch.no_grad() "
+            "or torch.inference_mode(), or train the full-precision model"
+        )
+
+    return backward
 
 
 def all_ops() -> tuple[QuantOp, ...]:

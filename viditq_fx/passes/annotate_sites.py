@@ -97,7 +97,7 @@ def _weight_node(node: fx.Node) -> fx.Node | None:
 def _plan(node: fx.Node, site: Site, entry: SiteReport, ctx: PassContext) -> Match | Reject:
     if op_name(node).startswith("linear_w"):
         entry.planned = entry.done = op_name(node).removeprefix("linear_")
-        entry.bytes_packed, entry.bytes_full = entry.bytes_full + 4 * entry.width, 2 * entry.bytes_full
+        entry.bytes_packed, entry.bytes_full = entry.bytes_full + 4 * entry.width, 0
         return Match(site=site, detail="already an integer linear")
     _, rows = _rows(example(linear_input(node)))
     reason = reason_to_keep(entry, None if is_pointwise_conv(node) else rows, ctx.keep)

@@ -1,0 +1,198 @@
+"""Run a model once and gather the reports of every viditq graph that ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from viditq_fx.errors import ViditqError
+from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
+from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.report import PassTrace, SiteReport
+from viditq_fx.runtime import Execution, executions
+
+
+@dataclass(kw_only=True)
+class ExplainedSite(SiteReport):
+    """A site under its full module path, merged over the graphs and calls that ran it."""
+
+    calls: int = 1
+    """Linears that ran at this site during the one call of the model."""
+    resident_full: int = 0
+    """Bytes of the full-precision weight in memory now."""
+    resident_packed: int = 0
+    """Bytes of its packed forms in memory now."""
+
+    @property
+    def outcome(self) -> str:
+        """"quantized", "kept" (the policy's or the user's choice) or "refused" (planned, not done)."""
+        if self.done is not None:
+            return "quantized"
+        return "kept" if self.planned is None else "refused"
+
+
+@dataclass(kw_only=True)
+class ExplainReport:
+    """Every linear of a model that ran, with its outcome; totals; what refused whole graphs."""
+
+    model: str
+    schemes: tuple[str, ...]
+    device: str
+    graphs: int
+    """Compiled graphs that ran."""
+    graph_runs: int
+    """Times a compiled graph ran: more than `graphs` under regional compilation."""
+    sites: list[ExplainedSite] = field(default_factory=list)
+    rejects: list[str] = field(default_factory=list)
+    passes: list[PassTrace] = field(default_factory=list)
+    model_bytes: int = 0
+    """Bytes of memory of the model's parameters and buffers and of all packed weights now."""
+    model_bytes_before: int = 0
+    """Bytes of the model in full precision."""
+
+    def count(self, outcome: str) -> int:
+        """How many sites have this outcome: "quantized", "kept" or "refused"."""
+        return sum(site.outcome == outcome for site in self.sites)
+
+    def totals(self) -> dict[str, int]:
+        """Counts of sites and bytes of memory; weights that several sites share count once."""
+        unique = {site.weight or site.fqn: site for site in self.sites if site.done is not None}.values()
+        return {
+            "sites": len(self.sites),
+            "quantized": self.count("quantized"),
+            "kept": self.count("kept"),
+            "refused": self.count("refused"),
+            "quantized_weight_bytes_before": sum(site.bytes_full for site in unique),
+            "quantized_weight_bytes_packed": sum(site.resident_packed for site in unique),
+            "quantized_weight_bytes_full_resident": sum(site.resident_full for site in unique),
+            "model_bytes_before": self.model_bytes_before,
+            "model_bytes": self.model_bytes,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, ready for JSON."""
+        data = asdict(self)
+        for entry, site in zip(data["sites"], self.sites, strict=True):
+            entry["outcome"] = site.outcome
+        return {**data, "totals": self.totals()}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        from viditq_fx.inspection.render import render_text
+
+        return render_text(self)
+
+
+def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> ExplainReport:
+    """Run `model` once on `args` and `kwargs` and report every site of every viditq graph that ran.
+
+    `model` is a compiled model (torch.compile with backend="viditq", also regionally), or a plain
+    module, which is then compiled with `options`. What is reported is what ran: the graphs tell.
+    Raises ViditqError when no viditq graph ran, or `options` is given for a compiled model.
+    """
+    compiled = model
+    if isinstance(model, nn.Module) and not _is_compiled(model):
+        compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
+    elif options:
+        raise ViditqError("explain: this model is compiled already; its options are those it was compiled with")
+    with executions() as ran, torch.no_grad():
+        compiled(*args, **kwargs)
+    if not ran:
+        raise ViditqError(
+            "explain: no viditq graph ran; compile the model with torch.compile(model, backend='viditq') and "
+            "check that torch.compile is not disabled"
+        )
+    return _gather(model, ran)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
+    module = getattr(model, "_orig_mod", model)
+    names = _names(module) if isinstance(module, nn.Module) else {}
+    unique = {id(run.report): run.report for run in ran}
+    report = ExplainReport(
+        model=type(module).__name__,
+        schemes=tuple(sorted({r.scheme for r in unique.values()})),
+        device=", ".join(sorted({r.device for r in unique.values()})),
+        graphs=len(unique),
+        graph_runs=len(ran),
+        rejects=[reason for r in unique.values() for reason in r.rejects],
+        passes=[trace for r in unique.values() for trace in r.passes],
+    )
+    merged: dict[tuple[Any, ...], ExplainedSite] = {}
+    for run in ran:
+        for entry in run.report.sites:
+            site = _explain_site(entry, run.weights.get(entry.weight or ""), names)
+            key = (site.fqn, site.role, site.done, site.kernel, site.reason)
+            if key in merged:
+                merged[key].calls += 1
+            else:
+                merged[key] = site
+    report.sites = list(merged.values())
+    if isinstance(module, nn.Module):
+        report.model_bytes, report.model_bytes_before = _model_bytes(module)
+        _fill_quant_linears(module, report)
+    return report
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        names.setdefault(id(tensor), name.replace("_orig_mod.", "").rpartition(".")[0])
+    return names
+
+
+def _explain_site(entry: SiteReport, weight: Tensor | None, names: Mapping[int, str]) -> ExplainedSite:
+    site = ExplainedSite(**asdict(entry))
+    if weight is None:
+        return site
+    site.fqn = names.get(id(weight), site.fqn)
+    site.weight = site.fqn + ".weight"
+    if weight.is_floating_point():
+        site.resident_full, site.resident_packed = full_bytes(weight), packed_bytes(weight)
+    return site
+
+
+def _model_bytes(module: nn.Module) -> tuple[int, int]:
+    """(bytes in memory now, bytes in full precision) of a model's tensors, shared storage counted once."""
+    now, before, seen = 0, 0, set()
+    quantized = {id(m._weight_q): m for m in module.modules() if isinstance(m, QuantLinear)}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        nbytes = tensor.numel() * tensor.element_size()
+        if id(tensor) in quantized:
+            layer = quantized[id(tensor)]
+            now += layer.resident_bytes() - layer.weight_scale.untyped_storage().nbytes()
+            before += tensor.numel() * layer.weight_dtype.itemsize
+            continue
+        now += (0 if is_released(tensor) else nbytes) + packed_bytes(tensor)
+        before += nbytes
+    scales = sum(m.weight_scale.untyped_storage().nbytes() for m in quantized.values())
+    return now, before - scales
+
+
+def _fill_quant_linears(module: nn.Module, report: ExplainReport) -> None:
+    layers = {site_name(name): m for name, m in module.named_modules() if isinstance(m, QuantLinear)}
+    for site in report.sites:
+        layer = layers.get(site.fqn)
+        if layer is not None:
+            site.bytes_full = layer.in_features * layer.out_features * layer.weight_dtype.itemsize
+            site.resident_packed, site.resident_full = layer.resident_bytes(), 0
+
+
+def site_name(path: str) -> str:
+    """Module path without torch.compile's wrapper steps."""
+    return ".".join(step for step in path.split(".") if step != "_orig_mod")

@@ -1,0 +1,150 @@
+"""Quantize a model in place: its linears hold int8 weights, their full-precision memory is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from viditq_fx.errors import StrictError, ViditqError
+from viditq_fx.options import split_options
+from viditq_fx.passes.annotate_sites import AnnotateSites
+from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.normalize import Normalize
+from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.report import CompileReport, SiteReport
+from viditq_fx.scheme import QuantScheme
+from viditq_fx.site import site_of_module
+
+
+def quantize_(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    scheme: str | QuantScheme = "w8a8",
+    keep: str | Sequence[str] = (),
+    strict: bool = False,
+) -> CompileReport:
+    """Replace the linears of `model` that the policy quantizes by `QuantLinear`, in place.
+
+    `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
+    are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
+    precision. The model then runs eagerly and compiled, moves, copies and saves in int8.
+
+    Returns the report of every site. Raises SchemeError or OptionError for wrong arguments,
+    ViditqError without an example call, StrictError for a refused site under `strict=True`; in each
+    case the model is as it was.
+    """
+    options, _ = split_options({"scheme": scheme, "keep": keep, "strict": strict})
+    if not isinstance(model, nn.Module):
+        raise ViditqError(f"quantize_: expected a torch.nn.Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    if not args and not kwargs:
+        raise ViditqError(
+            "quantize_: pass one example call, quantize_(model, args=(...), kwargs={...}): the linears to keep "
+            "in full precision are found by running the model once"
+        )
+    report = CompileReport(scheme=str(options.scheme), device=_device_of(model))
+    plans = _trace(model, args, kwargs or {}, options.scheme, options.keep, report)
+    chosen = _choose(model, plans)
+    if options.strict:
+        refused = [e for entries in plans.values() for _, e in entries if e.planned and e.reason]
+        if refused:
+            lines = "\n".join(f"  {entry.fqn}: {entry.reason}" for entry in refused)
+            raise StrictError(f"strict=True: {len(refused)} planned sites were refused:\n{lines}")
+    _swap(model, chosen, options.scheme)
+    return report
+
+
+_Plans = dict[int, list[tuple[Tensor, SiteReport]]]
+
+
+def _trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    scheme: QuantScheme,
+    keep: tuple[str, ...],
+    report: CompileReport,
+) -> _Plans:
+    """Run the model once under Dynamo; plan every linear of every graph that it captures."""
+    plans: _Plans = {}
+
+    def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        from viditq_fx.graph_edit import copy_graph_module
+
+        annotated = copy_graph_module(gm)
+        ctx = PassContext(scheme=scheme, keep=keep, report=report)
+        Normalize().run(annotated, ctx)
+        AnnotateSites().run(annotated, ctx)
+        positions = {n.name: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
+        for node in annotated.graph.nodes:
+            entry = ctx.sites.get(node.name)
+            weight = node.args[1] if entry is not None and len(node.args) > 1 else None
+            if entry is not None and isinstance(weight, fx.Node) and weight.name in positions:
+                tensor = example_inputs[positions[weight.name]]
+                plans.setdefault(id(tensor), []).append((tensor, entry))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=capture)(*args, **kwargs)
+    return plans
+
+
+def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
+    """Module path -> linear to replace; entries of what cannot be replaced get their reason."""
+    chosen: dict[str, nn.Linear] = {}
+    replaceable: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or id(weight) not in plans:
+            continue
+        entries = [entry for _, entry in plans[id(weight)]]
+        reason = next((e.reason for e in entries if e.reason is not None), None) or _why_not(module)
+        if reason is None:
+            assert isinstance(module, nn.Linear)
+            chosen[path] = module
+            replaceable.add(id(weight))
+        for entry in entries:
+            entry.reason = reason
+            entry.done = None if reason else entry.planned
+            entry.fqn = site_of_module(path).fqn if len(entries) == 1 else entry.fqn
+    for key, entries in plans.items():
+        for _, entry in entries:
+            if key not in replaceable and entry.planned and entry.reason is None:
+                entry.reason, entry.done = "its weight belongs to no nn.Linear: torch.compile packs it instead", None
+            if entry.done:
+                entry.bytes_packed = entry.depth * entry.width + 4 * entry.width
+    return chosen
+
+
+def _why_not(module: nn.Module) -> str | None:
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own: only nn.Linear is replaced"
+    if "forward" in module.__dict__:
+        return "its forward is wrapped (an offloading or casting hook): remove the hook first"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized"
+    if module.weight.device.type == "meta":
+        return "its weight is on the meta device: load it first"
+    return None
+
+
+def _swap(model: nn.Module, chosen: Mapping[str, nn.Linear], scheme: QuantScheme) -> None:
+    """Pack everything first, then replace: a failure half-way leaves the model as it was."""
+    made: dict[int, QuantLinear] = {}
+    packed: dict[int, tuple[Tensor, Tensor]] = {}
+    for path, linear in chosen.items():
+        if id(linear) not in made:
+            made[id(linear)] = QuantLinear.from_linear(linear, scheme, path, packed)
+    for path, linear in chosen.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, made[id(linear)])
+
+
+def _device_of(model: nn.Module) -> str:
+    first = next(model.parameters(), None)
+    return "cpu" if first is None else first.device.type
