@@ -36,7 +36,22 @@ _HOMES = {
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
 }
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "ExplainReport",
+    "OptionError",
+    "QuantLinear",
+    "QuantScheme",
+    "ReleasedWeightError",
+    "SchemeError",
+    "StrictError",
+    "ViditqError",
+    "WeightError",
+    "__version__",
+    "available_schemes",
+    "explain",
+    "quantize_",
+    "repack",
+]
 
 
 def __getattr__(name: str) -> Any:

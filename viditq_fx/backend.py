@@ -52,7 +52,7 @@ def _compile_quantized(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     ours: CompileOptions,
-    inductor: Callable[..., Any],
+    inductor: Any,
     report: CompileReport,
 ) -> Callable[..., Any]:
     from viditq_fx.graph_edit import copy_graph_module, example
@@ -81,13 +81,13 @@ def _compile_quantized(
             passed_through.append(positions[node.name])
             values.append(example_inputs[positions[node.name]])
     sources = _source_names(original)
-    compiled, kernels = compile_with_kernels(quantized, values, inductor)
-    for name, choice in kernels.items():
-        entry = ctx.sites.get(name)
-        if entry is not None:
+    compiled = compile_with_kernels(quantized, values, inductor)
+    for name, entry in ctx.sites.items():
+        if entry.done is not None:
+            choice = compiled.choice(name, entry.fqn)
             entry.kernel, entry.reason = choice.kernel, choice.reason or entry.reason
     return CompiledGraph(
-        compiled=compiled,
+        compiled=compiled.run,
         passed_through=passed_through,
         weights=_weight_arguments(ctx.weight_slots, positions, sources),
         full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],
@@ -96,7 +96,9 @@ def _compile_quantized(
     )
 
 
-def _weight_arguments(slots: Sequence[Any], positions: Mapping[str, int], sources: Sequence[str]) -> list[Any]:
+def _weight_arguments(
+    slots: Sequence[Any], positions: Mapping[str, int], sources: Sequence[str]
+) -> list[Any]:
     from viditq_fx.runtime import WeightArgument
 
     return [
@@ -124,7 +126,7 @@ def _parameters(gm: fx.GraphModule) -> list[tuple[int, str]]:
     return [(i, names[i]) for i, node in enumerate(placeholders) if is_parameter(node)]
 
 
-def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+def _inductor(mode: str | None, options: dict[str, Any]) -> Any:
     """Inductor's own compiler object: it checks mode and options as backend="inductor" does."""
     try:
         return torch._TorchCompileInductorWrapper(mode, options, None)

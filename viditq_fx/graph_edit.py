@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 _INHERITED = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
@@ -27,7 +28,7 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> 
         if key in like.meta:
             node.meta[key] = like.meta[key]
     fake_mode = _fake_mode(node)
-    values = fx.map_arg(args, lambda arg: example(arg))
+    values = fx.map_arg(args, example)
     with fake_mode, torch.no_grad():
         node.meta["example_value"] = target(*values)
     return node
@@ -47,7 +48,7 @@ def _fake_mode(node: fx.Node) -> Any:
     for source in node.all_input_nodes:
         value = example(source)
         for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, torch.Tensor) and hasattr(tensor, "fake_mode"):
+            if isinstance(tensor, FakeTensor):
                 return tensor.fake_mode
     raise AssertionError(f"no input of {node.format_node()} carries a fake tensor")
 
@@ -56,14 +57,12 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose placeholders can be added and erased: Dynamo re-reads those of its own `gm`."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    assert isinstance(output, tuple)
-    result, old_output = output
+    result = graph.graph_copy(gm.graph, mapping)
     new_output = graph.output(result)
-    new_output.meta = copy.copy(old_output.meta)
+    new_output.meta = copy.copy(gm.graph.output_node().meta)
     for old, new in mapping.items():
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            setattr(new, "_dynamo_source", getattr(old, "_dynamo_source"))  # noqa: B009, B010
     duplicate = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     duplicate.meta = copy.copy(gm.meta)
     for name in ("_param_name_to_source", "dynamo_flat_name_to_original_fqn"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from viditq_fx.errors import OptionError
@@ -17,7 +17,7 @@ WEIGHTS_MODES = ("keep", "release")
 class CompileOptions:
     """The options that viditq_fx itself understands; every other key is Inductor's."""
 
-    scheme: QuantScheme = QuantScheme(weight_bits=8, input_bits=8)
+    scheme: QuantScheme = field(default_factory=lambda: QuantScheme.parse("w8a8"))
     """Scheme of every site that the policy quantizes, by name: "w8a8" or "w8a7"."""
     keep: tuple[str, ...] = ()
     """Sites to leave in full precision besides the policy's: globs over module paths, or roles."""

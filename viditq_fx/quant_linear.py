@@ -14,7 +14,12 @@ from viditq_fx.ops.blocked import own, plain_weight, resident_bytes, restore
 from viditq_fx.ops.quantize import dequantize_per_channel, quantize_per_channel
 from viditq_fx.scheme import QuantScheme
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
 _LINEARS = {"w8a8": ops.LINEAR_W8A8, "w8a7": ops.LINEAR_W8A7}
 
 
@@ -27,6 +32,7 @@ class QuantLinear(nn.Module):
 
     _weight_q: Tensor
     _weight_scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,7 +77,9 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of a float dtype -> [..., N] of the same dtype (autocast's, inside autocast)."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        )
         x_q, x_scale = ops.QUANTIZE_PER_TOKEN.overload(x, self.scheme.input_bits)
         linear = _LINEARS[str(self.scheme)].overload
         return linear(x_q, x_scale, self._weight_q, self._weight_scale, self.bias, dtype)
@@ -116,15 +124,26 @@ class QuantLinear(nn.Module):
         destination[prefix + "weight_q"] = self.weight_q
         destination[prefix + "weight_scale"] = self._weight_scale
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _, _, missing, unexpected, errors = args
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing, unexpected, errors = missing_keys, unexpected_keys, error_msgs
         q, scale = state_dict.get(prefix + "weight_q"), state_dict.get(prefix + "weight_scale")
         if prefix + "weight" in state_dict:
             q, scale = quantize_per_channel(state_dict[prefix + "weight"], self.scheme.weight_bits)
         if q is None or scale is None:
             missing.append(prefix + "weight_q")
         elif q.dtype != torch.int8 or q.shape != (self.out_features, self.in_features):
-            errors.append(f"{prefix}weight_q: int8 {self.out_features}x{self.in_features} expected, got {q.shape}")
+            errors.append(
+                f"{prefix}weight_q: int8 {self.out_features}x{self.in_features} expected, got {q.shape}"
+            )
         else:
             with torch.no_grad():
                 restore(self._weight_q).copy_(q)

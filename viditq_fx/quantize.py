@@ -115,7 +115,10 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
     for key, entries in plans.items():
         for _, entry in entries:
             if key not in replaceable and entry.planned and entry.reason is None:
-                entry.reason, entry.done = "its weight belongs to no nn.Linear: torch.compile packs it instead", None
+                entry.reason, entry.done = (
+                    "its weight belongs to no nn.Linear: torch.compile packs it instead",
+                    None,
+                )
             if entry.done:
                 entry.bytes_packed = entry.depth * entry.width + 4 * entry.width
     return chosen

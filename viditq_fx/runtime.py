@@ -15,6 +15,7 @@ from viditq_fx.errors import ReleasedWeightError
 from viditq_fx.ops.packed_weights import is_released, packed_weight
 from viditq_fx.ops.release import release, why_not_release
 from viditq_fx.report import CompileReport
+from viditq_fx.site import fqn_of_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,13 @@ class CompiledGraph:
         for index, name in self._full_weights:
             if is_released(args[index]):
                 raise ReleasedWeightError(
-                    f"{name} runs in full precision in this graph, but its memory was released by another graph "
+                    f"{fqn_of_source(name)} runs in full precision in this graph, but its memory was released by another graph "
                     "(weights='release') in which it is quantized; use weights='keep' for inputs of such "
                     "different sizes"
                 )
         inputs = [args[index] for index in self._passed_through]
         for slot in self._weights:
-            inputs.extend(packed_weight(args[slot.index], slot.bits, slot.name))
+            inputs.extend(packed_weight(args[slot.index], slot.bits, fqn_of_source(slot.name)))
         collected = _EXECUTIONS.get()
         if collected is not None:
             weights = {slot.name: args[slot.index] for slot in self._weights}
@@ -102,9 +103,11 @@ class CompiledGraph:
             weight = args[slot.index]
             if is_released(weight) or slot.name in self._refusals:
                 continue
-            reason = why_not_release(weight) if slot.frees_source else "the graph also reads it in full precision"
+            reason = (
+                why_not_release(weight) if slot.frees_source else "the graph also reads it in full precision"
+            )
             if reason is None:
-                release(weight, slot.name)
+                release(weight, fqn_of_source(slot.name))
             else:
                 self._refusals[slot.name] = reason
                 for entry in self.report.sites:

@@ -30,7 +30,7 @@ class ExplainedSite(SiteReport):
 
     @property
     def outcome(self) -> str:
-        """"quantized", "kept" (the policy's or the user's choice) or "refused" (planned, not done)."""
+        """ "quantized", "kept" (the policy's or the user's choice) or "refused" (planned, not done)."""
         if self.done is not None:
             return "quantized"
         return "kept" if self.planned is None else "refused"
@@ -102,7 +102,9 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     if isinstance(model, nn.Module) and not _is_compiled(model):
         compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
     elif options:
-        raise ViditqError("explain: this model is compiled already; its options are those it was compiled with")
+        raise ViditqError(
+            "explain: this model is compiled already; its options are those it was compiled with"
+        )
     with executions() as ran, torch.no_grad():
         compiled(*args, **kwargs)
     if not ran:

@@ -11,7 +11,10 @@ def render_text(report: ExplainReport) -> str:
     """A table of every site and the totals, for a terminal or a log."""
     rows = [_HEADER, *(_row(site) for site in report.sites)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+    lines = [
+        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
     lines.insert(1, "-" * min(118, max(map(len, lines))))
     return "\n".join([*lines, "", *summary_lines(report)])
 

@@ -6,10 +6,13 @@ importing it is cheap and works where neither a GPU nor Triton is installed.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,3 +232,36 @@ def wide_persistent_reductions(limit: int = 16384) -> AbstractContextManager[Non
 
     assert issubclass(base, InductorChoices)
     return V.set_choices_handler(WidePersistentReductions())
+
+
+def cache_fingerprint(inner: Any = None) -> Any:
+    """A custom pass that changes nothing and puts this package's sources into Inductor's cache keys.
+
+    Our lowerings and templates are no part of a graph, so without it an edited template would be
+    served from the cache. `inner` is a pass that the user set in the same place; it still runs, and
+    one without an id of its own turns caching off, as it does without us.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class CacheFingerprint(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            if inner is not None:
+                inner(graph)
+
+        def uuid(self) -> Any:
+            if inner is None:
+                return source_digest()
+            inner_id = inner.uuid() if isinstance(inner, CustomGraphPass) else None
+            return None if inner_id is None else (source_digest(), inner_id)
+
+    return CacheFingerprint()
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str:
+    """SHA-256 over every Python file of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from viditq_fx.lowering.select_cpu import KernelChoice, select_cpu_kernels
+from viditq_fx.lowering.inductor_compat import cache_fingerprint, wide_persistent_reductions
+from viditq_fx.lowering.install import install
+from viditq_fx.lowering.kernel_log import kernel_log
+from viditq_fx.lowering.select_cpu import KernelChoice, integer_linears, select_cpu_kernels
+
+_PASS_OPTION = "post_grad_custom_pre_pass"
 
 
-def compile_with_kernels(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Callable[..., Any]
-) -> tuple[Callable[..., Any], dict[str, KernelChoice]]:
-    """(compiled graph, choice by node name of each integer linear). Rewrites `gm` in place."""
-    choices = select_cpu_kernels(gm)
-    return inductor(gm, example_inputs), choices
+@dataclass(kw_only=True)
+class Compiled:
+    """A compiled graph and what computes its integer linears."""
+
+    run: Callable[..., Any]
+    by_node: dict[str, KernelChoice] = field(default_factory=dict)
+    """Choices made on the graph itself, by the linear's node name."""
+    by_fqn: dict[str, KernelChoice] = field(default_factory=dict)
+    """Choices that Inductor's lowering made, by module path."""
+
+    def choice(self, node: str, fqn: str) -> KernelChoice:
+        """What computes the linear of this node at this module path."""
+        cached = KernelChoice(kernel="not recorded", reason="compiled code came from Inductor's cache")
+        return self.by_node.get(node) or self.by_fqn.get(fqn) or cached
+
+
+def compile_with_kernels(gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Any) -> Compiled:
+    """Choose kernels and compile; rewrites `gm` in place.
+
+    `inductor` is torch's own compiler object, which holds the user's Inductor options.
+    """
+    by_node = select_cpu_kernels(gm)
+    inductor.config[_PASS_OPTION] = cache_fingerprint(inductor.config.get(_PASS_OPTION))
+    if not integer_linears(gm):
+        return Compiled(run=inductor(gm, example_inputs), by_node=by_node)
+    install()
+    with kernel_log() as log, wide_persistent_reductions():
+        run = inductor(gm, example_inputs)
+    choices = {r.fqn: KernelChoice(kernel=r.kernel, reason=r.reason) for r in log.values()}
+    return Compiled(run=run, by_node=by_node, by_fqn=choices)

@@ -37,11 +37,16 @@ def choose_cpu_kernel(bits: int) -> KernelChoice:
     return KernelChoice(kernel="fp32-exact", reason=reason)
 
 
+def integer_linears(gm: fx.GraphModule) -> list[fx.Node]:
+    """Integer linears of the dialect that are still whole in a graph."""
+    return [node for node in gm.graph.nodes if node.target in _INPUT_BITS]
+
+
 def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
     """Rewrite every integer linear on a CPU; returns the choice by the linear's node name."""
     choices: dict[str, KernelChoice] = {}
-    for node in list(gm.graph.nodes):
-        if node.target not in _INPUT_BITS or example(node).device.type != "cpu":
+    for node in integer_linears(gm):
+        if example(node).device.type != "cpu":
             continue
         bits = _INPUT_BITS[node.target]
         choice = choices[node.name] = choose_cpu_kernel(bits)

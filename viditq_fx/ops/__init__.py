@@ -14,9 +14,9 @@ from viditq_fx.ops.quantize import (
 __all__ = [
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_TOKEN",
+    "LINEAR_EPILOGUE",
     "LINEAR_W8A7",
     "LINEAR_W8A8",
-    "LINEAR_EPILOGUE",
     "MATMUL_S8_BY_FP32",
     "MATMUL_U8S8",
     "PACK_INT8",

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from viditq_fx.graph_edit import example
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import is_parameter, op_name, source_name
-from viditq_fx.graph_edit import example
 from viditq_fx.passes.policy import reason_to_keep
 from viditq_fx.passes.roles import find_roles, is_pointwise_conv, linear_input
 from viditq_fx.report import SiteReport

@@ -1,6 +1,6 @@
 """Fold dequantize into the linear that reads it.
 
-    linear(dequantize(xq, s_x), dequantize(wq, s_w), b) -> linear_w8a8(xq, s_x, wq, s_w, b, dtype)
+linear(dequantize(xq, s_x), dequantize(wq, s_w), b) -> linear_w8a8(xq, s_x, wq, s_w, b, dtype)
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from viditq_fx import ops
+from viditq_fx.graph_edit import call, example
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.graph_edit import call, example
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 
 _FUSED = {"w8a8": ops.LINEAR_W8A8, "w8a7": ops.LINEAR_W8A7}

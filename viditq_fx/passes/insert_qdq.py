@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from viditq_fx import ops
+from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import Site
 

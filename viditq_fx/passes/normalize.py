@@ -1,8 +1,8 @@
 """Bring Dynamo's graph to the form that later passes match.
 
-    dropout(x, p, training=False) -> x        F.dropout(x, 0) -> x
-    linear(input=x, weight=w, bias=b) -> linear(x, w, b)
-    dead pure nodes -> nothing
+dropout(x, p, training=False) -> x        F.dropout(x, 0) -> x
+linear(input=x, weight=w, bias=b) -> linear(x, w, b)
+dead pure nodes -> nothing
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _is_idle_dropout(node: fx.Node) -> bool:
         return False
     bound = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
     idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0
-    return idle and bool(node.args) and isinstance(node.args[0], fx.Node)
+    return bool(idle) and bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
 def _is_removable(node: fx.Node) -> bool:
@@ -60,4 +60,6 @@ def _is_removable(node: fx.Node) -> bool:
     name = op_name(node)
     if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
         return False
-    return not name.startswith(("_", *_EFFECTS)) and not isinstance(node.target, torch._ops.HigherOrderOperator)
+    return not name.startswith(("_", *_EFFECTS)) and not isinstance(
+        node.target, torch._ops.HigherOrderOperator
+    )

@@ -15,9 +15,9 @@ from typing import ClassVar
 from torch import fx
 
 from viditq_fx import ops
+from viditq_fx.graph_edit import example
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject, WeightSlot
-from viditq_fx.graph_edit import example
 
 SLOT_KEY = "viditq_slot"
 """Key of a placeholder's meta: this input holds a packed weight or its scales."""
@@ -52,7 +52,9 @@ class PlaceWeights(Pass):
             source = next(n for n in gm.graph.nodes if n.name == name)
             frees = not source.users
             ctx.weight_slots.append(
-                WeightSlot(source=name, quantized=quantized.name, scale=scale.name, bits=bits, frees_source=frees)
+                WeightSlot(
+                    source=name, quantized=quantized.name, scale=scale.name, bits=bits, frees_source=frees
+                )
             )
             if frees:
                 gm.graph.erase_node(source)

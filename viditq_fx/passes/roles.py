@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from viditq_fx.passes.dataflow import DataFlow, op_name
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.dataflow import DataFlow, op_name
 
 ATTENTION_NAMES = frozenset(
     {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
@@ -25,7 +25,19 @@ ATTENTION_NAMES = frozenset(
 )
 MATMULS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "mm", "addmm"})
 _ACTIVATIONS = frozenset(
-    {"gelu", "silu", "relu", "relu_", "mish", "leaky_relu", "elu", "sigmoid", "tanh", "hardswish", "quick_gelu"}
+    {
+        "gelu",
+        "silu",
+        "relu",
+        "relu_",
+        "mish",
+        "leaky_relu",
+        "elu",
+        "sigmoid",
+        "tanh",
+        "hardswish",
+        "quick_gelu",
+    }
 )
 _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "native_layer_norm"})
 _ADDS = frozenset({"add", "add_", "iadd", "addcmul", "addcmul_", "lerp"})
@@ -45,8 +57,10 @@ def is_pointwise_conv(node: fx.Node) -> bool:
     """A convolution of kernel size 1 without groups: a linear over channels in disguise."""
     if node.op != "call_function" or op_name(node) not in {"conv1d", "conv2d", "conv3d"}:
         return False
-    weight = example(node.args[1]) if len(node.args) > 1 and isinstance(node.args[1], fx.Node) else None
-    source = example(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
+    if len(operands) < 2:
+        return False
+    source, weight = example(operands[0]), example(operands[1])
     if not isinstance(weight, torch.Tensor) or not isinstance(source, torch.Tensor):
         return False
     return all(size == 1 for size in weight.shape[2:]) and weight.shape[1] == source.shape[1]
@@ -54,7 +68,7 @@ def is_pointwise_conv(node: fx.Node) -> bool:
 
 def linear_input(node: fx.Node) -> fx.Node:
     """The activation operand of a linear."""
-    operand = node.args[0] if node.args else node.kwargs["input"]
+    operand = node.args[0] if len(node.args) > 0 else node.kwargs["input"]
     assert isinstance(operand, fx.Node)
     return operand
 

@@ -9,8 +9,8 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.errors import VerifyError
-from viditq_fx.passes.base import PassContext
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 from viditq_fx.passes.place_weights import SLOT_KEY
 
@@ -31,7 +31,9 @@ def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
         raise VerifyError(f"after pass {after!r}: sites lost their node: {lost}")
     for name, entry in ctx.sites.items():
         if after == "place_weights" and entry.planned and entry.done is None and entry.reason is None:
-            raise VerifyError(f"site {entry.fqn!r} ({name}) was planned as {entry.planned}, not done, with no reason")
+            raise VerifyError(
+                f"site {entry.fqn!r} ({name}) was planned as {entry.planned}, not done, with no reason"
+            )
 
 
 def _problem(node: fx.Node) -> str | None:

@@ -1,0 +1,45 @@
+# The README's commands. Each sets itself up: a virtual environment in .venv, then the work.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | tr ' ' '-')
+
+.PHONY: help demo test test-quick lint bench clean
+
+help:
+	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
+	@echo "make test        the whole test suite"
+	@echo "make test-quick  the part that takes under two minutes"
+	@echo "make lint        ruff, pyright, import contracts"
+	@echo "make bench       benchmarks/cpu.py: int8 against fp32 and the CPU peers"
+
+# torch first and pinned: left to itself, pip takes the newest build, which may bring gigabytes of CUDA.
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/viditq demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python benchmarks/cpu.py
+
+clean:
+	rm -rf $(VENV) viditq-demo build dist
