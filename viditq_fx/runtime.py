@@ -81,8 +81,8 @@ class CompiledGraph:
         for index, name in self._full_weights:
             if is_released(args[index]):
                 raise ReleasedWeightError(
-                    f"{fqn_of_source(name)} runs in full precision in this graph, but its memory was released by another graph "
-                    "(weights='release') in which it is quantized; use weights='keep' for inputs of such "
+                    f"{fqn_of_source(name)} runs in full precision in this graph, but another graph, in which it is "
+                    "quantized, released its memory (weights='release'); use weights='keep' for inputs of such "
                     "different sizes"
                 )
         inputs = [args[index] for index in self._passed_through]
