@@ -1,0 +1,116 @@
+"""Quantize keeps its bound, its defined behaviour for odd rows, and its inverse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from viditq_fx.ops.quantize import (
+    EPS,
+    dequantize_per_channel,
+    dequantize_per_token,
+    quantize_per_channel,
+    quantize_per_token,
+)
+from viditq_fx.scheme import largest_int
+
+FINITE = st.floats(-6e4, 6e4, allow_nan=False, width=32)
+
+
+@st.composite
+def rows(draw):
+    count, depth = draw(st.integers(1, 5)), draw(st.integers(1, 33))
+    values = draw(st.lists(FINITE, min_size=count * depth, max_size=count * depth))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    return torch.tensor(values).reshape(count, depth).to(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows(), st.integers(2, 8))
+def test_error_is_at_most_half_a_step(x, bits):
+    q, scale = quantize_per_token(x, bits)
+    assert q.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    assert q.abs().max() <= largest_int(bits)
+    error = (dequantize_per_token(q, scale, torch.float32) - x.float()).abs()
+    assert (error <= scale * 0.5 * (1 + 1e-5)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows())
+def test_negation_is_exact(x):
+    q, scale = quantize_per_token(x, 8)
+    q_neg, scale_neg = quantize_per_token(-x, 8)
+    assert torch.equal(q_neg, -q)
+    assert torch.equal(scale_neg, scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_value_spoils_its_row_and_no_other(bad):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    clean_q, clean_scale = quantize_per_token(x, 8)
+    x[1, 2] = bad
+    q, scale = quantize_per_token(x, 8)
+    assert not torch.isfinite(scale[1]).any()
+    assert torch.isnan(dequantize_per_token(q, scale, torch.float32)[1]).all()
+    assert torch.equal(q[[0, 2]], clean_q[[0, 2]])
+    assert torch.equal(scale[[0, 2]], clean_scale[[0, 2]])
+
+
+def test_zero_row_and_tiny_row():
+    q, scale = quantize_per_token(torch.tensor([[0.0, 0.0], [1e-38, -1e-38]]), 8)
+    assert torch.equal(q, torch.zeros(2, 2, dtype=torch.int8))
+    assert torch.equal(scale, torch.full((2, 1), EPS / 127))
+
+
+def test_largest_fp16_does_not_overflow():
+    x = torch.tensor([[65504.0, -65504.0, 1.0]], dtype=torch.float16)
+    q, scale = quantize_per_token(x, 8)
+    assert q.tolist() == [[127, -127, 0]]
+    assert torch.allclose(dequantize_per_token(q, scale, torch.float32)[0, :2], x.float()[0, :2])
+
+
+def test_rounds_half_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])  # scale 1
+    assert quantize_per_token(x, 8)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_empty_batch(shape):
+    q, scale = quantize_per_token(torch.empty(shape), 8)
+    assert q.shape == shape
+    assert scale.shape == (*shape[:-1], 1)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "channels_last"])
+def test_memory_layout_does_not_matter(layout):
+    gen = torch.Generator().manual_seed(0)
+    x = {
+        "transposed": lambda: torch.randn(8, 6, generator=gen).t(),
+        "strided": lambda: torch.randn(6, 16, generator=gen)[:, ::2],
+        "channels_last": lambda: torch.randn(2, 8, 4, 4, generator=gen).to(memory_format=torch.channels_last),
+    }[layout]()
+    for got, want in zip(quantize_per_token(x, 8), quantize_per_token(x.contiguous(), 8), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_per_channel_is_per_token_of_the_weight():
+    w = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    q, scale = quantize_per_channel(w, 8)
+    q_rows, scale_rows = quantize_per_token(w, 8)
+    assert torch.equal(q, q_rows)
+    assert torch.equal(scale, scale_rows[:, 0])
+    assert torch.equal(dequantize_per_channel(q, scale, torch.float32), dequantize_per_token(q, scale_rows, torch.float32))
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -3])
+def test_bad_bits(bits):
+    with pytest.raises(ValueError, match="2 to 8 bits"):
+        quantize_per_token(torch.ones(1, 4), bits)
+
+
+def test_bad_rank():
+    with pytest.raises(ValueError, match=r"\[N, K\]"):
+        quantize_per_channel(torch.ones(2, 3, 4), 8)
+    with pytest.raises(ValueError, match="0-d"):
+        quantize_per_token(torch.tensor(1.0), 8)
