@@ -17,7 +17,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -219,8 +219,8 @@ def _patches(cc: int) -> Iterator[Any]:
     yield cuda("is_initialized", lambda: False)
     yield cuda("synchronize", lambda *args: None)
     yield mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0")
-    yield mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None)
-    yield mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
+    yield mock.patch.object(triton_helpers, "set_driver_to_gpu", return_value=None)
+    yield mock.patch.object(fake_tensor, "init_gpu_context", return_value=None)
     yield mock.patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", property(lambda self: True))
 
 
@@ -244,22 +244,37 @@ def fake_cuda(cc: int) -> Iterator[None]:
         yield
 
 
-def cuda_code(function: Callable[..., Any], make_inputs: Callable[[], tuple[Any, ...]], cc: int = 90) -> str:
-    """Inductor's generated code for `function(*make_inputs())` on a fake device.
+class GeneratedCode(NamedTuple):
+    """What Inductor wrote for one graph."""
 
-    `make_inputs` runs under a fake mode and makes CUDA tensors; weights are inputs too.
+    text: str
+    arguments: tuple[str, ...]
+    """Dynamo's name of each argument of `call`, such as "l_x_" or "l_self_buffers_w_"."""
+
+
+def cuda_code(
+    make: Callable[[], tuple[Any, ...]], cc: int = 90, dynamic: bool | None = None
+) -> GeneratedCode:
+    """Inductor's generated code on a fake device for `function(*inputs)`.
+
+    `make` returns (function, *inputs); it runs under a fake mode and makes CUDA tensors.
     """
     import torch._inductor.config as config
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.utils import get_code
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    torch._dynamo.reset()
+    arguments: list[tuple[str, ...]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        arguments.append(tuple(node.name for node in gm.graph.find_nodes(op="placeholder")))
+        return compile_fx(gm, inputs)
+
     # Constant folding would compute its constants on the device.
     settings = {"force_disable_caches": True, "compile_threads": 1, "joint_graph_constant_folding": False}
-    with fake_cuda(cc), config.patch(settings), torch.no_grad():
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            inputs = make_inputs()
-            compiled = torch.compile(function, fullgraph=True, backend=lambda gm, ex: compile_fx(gm, ex))
-            codes = get_code(compiled, *inputs)
-    return codes[0]
+    torch._dynamo.reset()
+    with fake_cuda(cc), config.patch(settings), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        function, *inputs = make()
+        codes = get_code(torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend), *inputs)
+    assert len(arguments) == 1, f"expected one graph, got {len(arguments)}"
+    return GeneratedCode(codes[0], arguments[0])

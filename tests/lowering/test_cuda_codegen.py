@@ -1,0 +1,231 @@
+"""What Inductor generates for CUDA from graphs of our ops, on a machine with no GPU."""
+
+import re
+
+import pytest
+import torch
+from nogpu.fake_cuda import missing
+from torch.nn import functional as F
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+from nogpu.assemble import assemble_generated, kernel_sources
+from nogpu.fake_cuda import cuda_code
+from nogpu.interpreter import run_interpreted
+
+from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
+from viditq_fx.lowering.install import install
+from viditq_fx.lowering.kernel_log import kernel_log
+from viditq_fx.ops.quantize import quantize_per_channel
+
+pytestmark = pytest.mark.slow
+BF16 = torch.bfloat16
+
+
+class FeedForward(torch.nn.Module):
+    """LayerNorm, modulate, W8A8 linear, GELU, W8A8 linear, gate, residual: half of a DiT block."""
+
+    def __init__(self, dim=1152, hidden=4608, dtype=BF16, device="cuda"):
+        super().__init__()
+        self.dim, self.dtype = dim, dtype
+        for name, (width, depth) in {"up": (hidden, dim), "down": (dim, hidden)}.items():
+            q_NK = torch.empty(width, depth, dtype=torch.int8, device=device)
+            self.register_buffer(f"{name}_q", q_NK)
+            self.register_buffer(f"{name}_scale", torch.empty(width, device=device))
+            self.register_buffer(f"{name}_bias", torch.empty(width, dtype=dtype, device=device))
+
+    def linear(self, x, name):
+        weights = (getattr(self, f"{name}_{part}") for part in ("q", "scale", "bias"))
+        return torch.ops.viditq.linear_w8a8(*torch.ops.viditq.quantize_per_token(x, 8), *weights, self.dtype)
+
+    def forward(self, x, shift, scale, gate):
+        h = F.layer_norm(x, (self.dim,)) * (1 + scale) + shift
+        return x + gate * self.linear(F.gelu(self.linear(h, "up"), approximate="tanh"), "down")
+
+
+def feed_forward_inputs(model, batch=2, tokens=1024, device="cuda"):
+    x = torch.randn(batch, tokens, model.dim, device=device).to(model.dtype)
+    return x, *(torch.randn(batch, 1, model.dim, device=device).to(model.dtype) for _ in range(3))
+
+
+def feed_forward():
+    model = FeedForward()
+    return model, *feed_forward_inputs(model)
+
+
+def generate(make, cc=90, dynamic=None):
+    """(generated code, kernel log)."""
+    install()
+    install()  # twice is once
+    with kernel_log() as log, wide_persistent_reductions():
+        code = cuda_code(make, cc, dynamic)
+    return code.text, log
+
+
+def linear(x_size, width, *, bias=True, out_dtype=BF16, depth=None, wrap=lambda y, x: y, op="linear_w8a8"):
+    """make() for one integer linear, with something behind it."""
+
+    def make():
+        weight = torch.empty(width, depth or x_size[-1], dtype=torch.int8, device="cuda")
+        scale = torch.empty(width, device="cuda")
+        bias_N = torch.empty(width, device="cuda", dtype=BF16) if bias else None
+
+        def function(x, s, w, w_scale, b):
+            return wrap(getattr(torch.ops.viditq, op)(x, s, w, w_scale, b, out_dtype), x)
+
+        x = torch.empty(x_size, dtype=torch.int8, device="cuda")
+        return function, x, torch.empty(*x_size[:-1], 1, device="cuda"), weight, scale, bias_N
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def block():
+    return generate(feed_forward)
+
+
+def test_half_block_is_four_kernels(block):
+    code, log = block
+    kinds = [re.match(r"triton_(\w+?)_fused", name)[1] for name in kernel_sources(code)]
+    assert kinds == ["per", "tem", "per", "tem"]
+    assert "extern_kernels." not in code.split("async_compile.wait")[1]
+    assert [entry.kernel.split()[0] for entry in log.values()] == ["triton:linear_w8a8"] * 2
+
+
+def test_gate_and_residual_are_in_the_store(block):
+    *_, last = kernel_sources(block[0]).values()
+    tail = last[last.index("y_acc = ") :]
+    assert len(re.findall(r"tl\.load\(in_ptr\d", tail)) == 2  # residual and gate
+    assert tail.count("tl.store(") == 1
+
+
+def test_dequantized_value_is_never_cast_to_an_integer(block):
+    for name, source in kernel_sources(block[0]).items():
+        if "_tem_" in name:
+            assert not re.search(r"to\(tl\.int\d+\)", source[source.index("y_acc = ") :])
+
+
+def test_quantize_reads_its_input_once(block):
+    for name, source in kernel_sources(block[0]).items():
+        if "_per_" in name:
+            assert "for " not in source[source.index("def ") :]
+            assert "'*i8'" in source
+
+
+def test_half_block_assembles_without_spills(block):
+    for name, source in kernel_sources(block[0]).items():
+        result = assemble_generated(name, source, 90)
+        assert (result.spills, result.stack_bytes) == (0, 0), name
+        assert set(result.sass_mma) == ({"IGMMA"} if "_tem_" in name else set()), name
+
+
+def test_symbolic_tokens():
+    code, log = generate(feed_forward, dynamic=True)
+    templates = [source for name, source in kernel_sources(code).items() if "_tem_" in name]
+    assert len(kernel_sources(code)) == 4
+    assert all(re.search(r"M = .*ks\d", source) for source in templates)
+    assert all(re.search(r"\n    N = \d+\n    K = \d+\n", source) for source in templates)
+    assert len(log) == 2
+
+
+@pytest.mark.parametrize("cc", [80, 89, 100])
+def test_other_architectures(cc):
+    code, log = generate(feed_forward, cc=cc)
+    assert len(kernel_sources(code)) == 4
+    assert all(entry.kernel.startswith("triton:") for entry in log.values())
+
+
+SHAPES = {
+    "vector": linear((64,), 32),
+    "matrix": linear((40, 96), 33, bias=False),
+    "four-dims": linear((2, 3, 5, 64), 48, out_dtype=torch.float16, op="linear_w8a7"),
+    "odd-k": linear((2, 9, 33), 24, out_dtype=torch.float32),
+    "one-row": linear((1, 1152), 6912),
+    "17-rows": linear((17, 1152), 6912),
+    "static-quantize-behind": linear(
+        (2, 64, 128), 256, wrap=lambda y, x: torch.clamp(torch.round(y.float() * 9), -127, 127).to(torch.int8)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_one_kernel_whatever_the_shape(case):
+    code, log = generate(SHAPES[case])
+    (name,) = kernel_sources(code)
+    assert "_tem_" in name
+    (entry,) = log.values()
+    assert entry.kernel.startswith("triton:linear_w8a8")
+    assert entry.reason == "estimated best tile"
+
+
+def test_no_rows():
+    code, log = generate(linear((0, 64), 32))
+    assert not any("_tem_" in name for name in kernel_sources(code))
+    assert [entry.reason for entry in log.values()] == ["the input has no rows"]
+
+
+def test_non_contiguous_input_is_copied():
+    def make():
+        function, x, *rest = linear((64, 128), 256)()
+        return (lambda x, *args: function(x.t(), *args)), x.t().contiguous(), *rest
+
+    code, _ = generate(make)
+    assert [("_tem_" in name) for name in kernel_sources(code)] == [False, True]
+
+
+def test_declined_problem_runs_extern(monkeypatch):
+    from viditq_fx.triton_templates import linear_w8a8
+
+    def declines(problem):
+        return "declined for the test"
+
+    monkeypatch.setitem(linear_w8a8.TEMPLATE.__dict__, "supports", declines)
+    code, log = generate(linear((40, 96), 33, wrap=lambda y, x: y * 2))
+    assert "extern_kernels.viditq_int_mm_linear(" in code
+    assert "out_dtype=torch.bfloat16" in code
+    assert [(e.kernel, e.reason) for e in log.values()] == [("extern:int_mm", "declined for the test")]
+
+
+def test_cpu_runs_the_eager_reference():
+    install()
+    model = FeedForward(dim=32, hidden=64, dtype=torch.float32, device="cpu")
+    fill(model)
+    inputs = feed_forward_inputs(model, tokens=8, device="cpu")
+    with kernel_log() as log, torch.no_grad():
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="inductor", options={"force_disable_caches": True})(*inputs)
+    torch.testing.assert_close(got, model(*inputs), rtol=1e-4, atol=1e-4)
+    assert {entry.kernel for entry in log.values()} == {"eager reference"}
+
+
+def fill(model):
+    torch.manual_seed(0)
+    for name in ("up", "down"):
+        width, depth = getattr(model, f"{name}_q").shape
+        q_NK, scale_N = quantize_per_channel(torch.randn(width, depth) * depth**-0.5, 8)
+        for part, value in {"q": q_NK, "scale": scale_N, "bias": torch.randn(width)}.items():
+            getattr(model, f"{name}_{part}").copy_(value)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (BF16, 2e-2)], ids=["fp32", "bf16"])
+def test_generated_code_computes_the_reference(dtype, tolerance, tmp_path):
+    """The whole wrapper, all four kernels, in Triton's interpreter: ragged M, N and K."""
+    sizes = {"dim": 72, "hidden": 200, "dtype": dtype}
+
+    def make():
+        model = FeedForward(**sizes)
+        return model, *feed_forward_inputs(model, tokens=37)
+
+    install()
+    with wide_persistent_reductions():
+        code, names = cuda_code(make)
+    model = FeedForward(**sizes, device="cpu")
+    fill(model)
+    inputs = feed_forward_inputs(model, tokens=37, device="cpu")
+    values = dict(zip(("l_x_", "l_shift_", "l_scale_", "l_gate_"), inputs, strict=True))
+    values |= {f"l_self_buffers_{name}_": buffer for name, buffer in model.named_buffers()}
+    args = [values[name] for name in names]
+    ((got,),) = run_interpreted("nogpu.run_generated", [(code, args)], tmp_path)
+    want = model(*inputs)
+    assert (got.float() - want.float()).norm() / want.float().norm() < tolerance
