@@ -60,9 +60,7 @@ def is_parameter(node: fx.Node) -> bool:
     source = source_name(node)
     if "_parameters[" in source or "_buffers[" in source:
         return True
-    grapharg = node.meta.get("grapharg")
-    real = grapharg.example if grapharg is not None else None
-    return isinstance(real, torch.nn.Parameter) or isinstance(example(node), torch.nn.Parameter)
+    return isinstance(example(node), torch.nn.Parameter)
 
 
 def source_name(node: fx.Node) -> str:

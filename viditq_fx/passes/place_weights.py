@@ -68,7 +68,7 @@ def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Nod
     placeholders = []
     for suffix, value in zip(("int8", "scale"), values, strict=True):
         with graph.inserting_after(last):
-            node = graph.placeholder(f"{weight.name}_{suffix}")
+            node = graph.placeholder(f"{weight.name.rstrip('_')}_{suffix}")
         node.meta = {
             "example_value": value,
             "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
