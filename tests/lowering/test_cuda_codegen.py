@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from nogpu.fake_cuda import missing
 from torch.nn import functional as F
 
@@ -192,9 +193,9 @@ def test_cpu_runs_the_eager_reference():
     model = FeedForward(dim=32, hidden=64, dtype=torch.float32, device="cpu")
     fill(model)
     inputs = feed_forward_inputs(model, tokens=8, device="cpu")
-    with kernel_log() as log, torch.no_grad():
-        torch._dynamo.reset()
-        got = torch.compile(model, backend="inductor", options={"force_disable_caches": True})(*inputs)
+    torch._dynamo.reset()
+    with kernel_log() as log, torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        got = torch.compile(model)(*inputs)
     torch.testing.assert_close(got, model(*inputs), rtol=1e-4, atol=1e-4)
     assert {entry.kernel for entry in log.values()} == {"eager reference"}
 

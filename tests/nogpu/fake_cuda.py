@@ -268,7 +268,9 @@ def cuda_code(
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         arguments.append(tuple(node.name for node in gm.graph.find_nodes(op="placeholder")))
-        return compile_fx(gm, inputs)
+        compile_fx(gm, inputs)
+        outputs = len(gm.graph.output_node().args[0])
+        return lambda *args: [None] * outputs  # there is nothing to run
 
     # Constant folding would compute its constants on the device.
     settings = {"force_disable_caches": True, "compile_threads": 1, "joint_graph_constant_folding": False}

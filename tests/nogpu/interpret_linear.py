@@ -6,8 +6,8 @@ import sys
 
 import torch
 import triton
-
 from nogpu.interpreter import fix_dot
+
 from viditq_fx.triton_templates.linear_w8a8 import launch
 
 

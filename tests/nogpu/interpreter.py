@@ -68,3 +68,16 @@ def fix_dot() -> None:
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def fix_scalars() -> None:
+    """Let a loop bound be a tensor: Triton 3.6 reads it with `int(array of one)`, an error since NumPy 2.4."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, *rest: Any) -> None:
+        plain(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor

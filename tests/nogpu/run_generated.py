@@ -22,8 +22,7 @@ import torch
 import torch._inductor.runtime.triton_helpers as triton_helpers
 import triton
 import triton.language as tl
-
-from nogpu.interpreter import fix_dot
+from nogpu.interpreter import fix_dot, fix_scalars
 
 
 def elementwise(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], Any]:
@@ -54,9 +53,10 @@ class Helpers:
     def __getattr__(self, name: str) -> Any:
         return getattr(triton_helpers, name)
 
-    max2 = staticmethod(tl.max)
-    maximum = staticmethod(tl.maximum)
-    minimum = staticmethod(tl.minimum)
+    # Looked up at each call: the interpreter replaces Triton's functions while a kernel runs.
+    max2 = staticmethod(lambda x, axis: tl.max(x, axis))
+    maximum = staticmethod(lambda x, y: tl.maximum(x, y))
+    minimum = staticmethod(lambda x, y: tl.minimum(x, y))
     promote_to_tensor = staticmethod(lambda x: x)
 
 
@@ -125,6 +125,7 @@ def main(source: str, target: str) -> None:
     """See the module's first lines."""
     assert triton.knobs.runtime.interpret, "start this process with TRITON_INTERPRET=1"
     fix_dot()
+    fix_scalars()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (code, args) in enumerate(torch.load(source, weights_only=False)):
