@@ -60,7 +60,7 @@ class TrainingConfig:
     """Everything that decides the trained weights, apart from the hardware."""
 
     seed: int = 0
-    steps: int = 5600
+    steps: int = 2600
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 200
@@ -134,6 +134,8 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0
     losses: list[tuple[int, float]] | None = None
+    sittings: list[tuple[int, int]] | None = None
+    """The first step of each sitting, and the number of steps that its schedule was made for."""
 
     def save(self, path: Path) -> None:
         """Write the state to `path` at once, so that a cut never leaves half a file."""
@@ -148,6 +150,7 @@ class TrainingState:
                 "step": self.step,
                 "seconds": self.seconds,
                 "losses": self.losses,
+                "sittings": self.sittings,
             },
             temporary,
         )
@@ -161,7 +164,7 @@ class TrainingState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"])
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.losses = [tuple(pair) for pair in saved["losses"]]
+        self.losses, self.sittings = saved["losses"], saved["sittings"]
 
 
 def new_state(config: TrainingConfig) -> TrainingState:
@@ -176,7 +179,7 @@ def new_state(config: TrainingConfig) -> TrainingState:
     )
     generator = torch.Generator().manual_seed(config.seed)
     ema = copy.deepcopy(model).requires_grad_(False)
-    return TrainingState(model, ema, optimizer, generator, losses=[])
+    return TrainingState(model, ema, optimizer, generator, losses=[], sittings=[])
 
 
 def train(state: TrainingState, config: TrainingConfig, options: argparse.Namespace) -> None:
@@ -232,6 +235,9 @@ def export(state: TrainingState, config: TrainingConfig, options: argparse.Names
         "model": MODEL_CONFIG,
         "parameters": sum(p.numel() for p in state.ema.parameters()),
         "steps_done": state.step,
+        "sittings": [
+            {"first_step": first, "planned_steps": planned} for first, planned in state.sittings or []
+        ],
         "seconds": round(state.seconds, 1),
         "hardware": describe_hardware(),
         "compiled": options.compile,
@@ -276,6 +282,8 @@ def main() -> None:
     if options.checkpoint.exists():
         state.load(options.checkpoint)
         print(f"going on from step {state.step} of {options.checkpoint}", flush=True)
+    if state.step < config.steps and state.sittings is not None:
+        state.sittings.append((state.step, config.steps))
     train(state, config, options)
     export(state, config, options)
     print(f"wrote {options.output}", flush=True)
