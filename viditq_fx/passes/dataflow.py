@@ -7,13 +7,16 @@ on y's values. Both matter to every question about roles.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from enum import Flag, auto
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from viditq_fx.graph_edit import example
 
@@ -101,13 +104,14 @@ class DataFlow:
 
     def _propagate(self) -> dict[fx.Node, Taint]:
         batch = _batch_size(self.nodes)
+        pooling = batch if _has_tokens(self.nodes) else None
         taint: dict[fx.Node, Taint] = {}
         for _ in range(2):  # a write may stand after its first reader: the second sweep carries it back
             for node in self.nodes:
                 value = _leaf_taint(node, batch)
                 for source in self.inputs(node):
                     value |= taint.get(source, Taint.NONE)
-                taint[node] = _transform(node, value)
+                taint[node] = _transform(node, value, pooling)
         return taint
 
     def is_content(self, node: fx.Node) -> bool:
@@ -138,6 +142,33 @@ def _batch_size(nodes: tuple[fx.Node, ...]) -> object:
     return None
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal, without asking in a way that adds a guard to the compiled graph."""
+    return statically_known_true(a == b)
+
+
+def _is_linear_over(node: fx.Node, rows: object) -> bool:
+    """Whether a node is a linear with this many rows."""
+    if node.target is not torch.nn.functional.linear and not op_name(node).startswith("linear_w"):
+        return False
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.dim() >= 2 and _same(_rows(value), rows)
+
+
+def _has_tokens(nodes: tuple[fx.Node, ...]) -> bool:
+    """Whether the placeholder that gave the batch has more rows than samples, i.e. rows are tokens."""
+    for node in nodes:
+        value = example(node)
+        if node.op == "placeholder" and isinstance(value, torch.Tensor) and not is_parameter(node):
+            if value.is_floating_point() and value.dim() >= 3:
+                return not _same(_rows(value), value.shape[0])
+    return False
+
+
+def _rows(value: torch.Tensor) -> Any:
+    return math.prod(value.shape[:-1])
+
+
 def _leaf_taint(node: fx.Node, batch: object) -> Taint:
     if node.op == "get_attr":
         return Taint.PARAMETER
@@ -154,13 +185,16 @@ def _leaf_taint(node: fx.Node, batch: object) -> Taint:
         return Taint.CONDITION
     if not value.is_floating_point() and not value.is_complex():
         return Taint.STRUCTURE
-    if value.dim() == 2 and batch is not None and value.shape[0] == batch:
+    if value.dim() == 2 and batch is not None and _same(value.shape[0], batch):
         return Taint.CONDITION
     return Taint.CONTENT
 
 
-def _transform(node: fx.Node, taint: Taint) -> Taint:
+def _transform(node: fx.Node, taint: Taint, batch: object) -> Taint:
     name = op_name(node)
+    if batch is not None and Taint.CONTENT in taint and _is_linear_over(node, batch):
+        # One row for each sample is a pooled vector (text, image): it conditions, as a given one does.
+        return (taint & ~Taint.CONTENT) | Taint.CONDITION
     if name in {"sin", "cos"} and Taint.CONTENT in taint:
         # Sinusoids are taken of times and positions, never of content.
         return (taint & ~Taint.CONTENT) | Taint.CONDITION

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
@@ -42,6 +42,8 @@ _ACTIVATIONS = frozenset(
 _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "native_layer_norm"})
 _ADDS = frozenset({"add", "add_", "iadd", "addcmul", "addcmul_", "lerp"})
 _OPERAND_KEYS = ("query", "key", "value")
+
+_Edges = Callable[[fx.Node], tuple[fx.Node, ...]]
 
 CONDITION, STEM, HEAD, OTHER = "cond", "stem", "head", "other"
 
@@ -82,14 +84,13 @@ class _RoleFinder:
     def __init__(self, graph: fx.Graph) -> None:
         self.flow = DataFlow(graph)
         self.linears = [n for n in graph.nodes if is_linear(n) or is_pointwise_conv(n)]
-        self.content = {n for n in self.linears if self._reads_content(n)}
+        self.content = {n for n in self.linears if self.flow.is_content(n)}
         self.attentions = [n for n in graph.nodes if self._is_attention(n)]
         self._barrier = self.content | set(self.attentions)
         self._found: dict[fx.Node, set[str]] = defaultdict(set)
+        self._operands: set[fx.Node] = set()
+        """Linears that feed an attention spelled as matmuls."""
         self._kinds: dict[fx.Node, frozenset[str]] = {}
-
-    def _reads_content(self, node: fx.Node) -> bool:
-        return self.flow.is_content(linear_input(node))
 
     def _is_attention(self, node: fx.Node) -> bool:
         name = op_name(node)
@@ -106,35 +107,38 @@ class _RoleFinder:
         for linear in self.linears:
             if linear in self.content:
                 self._label_by_input(linear)
-        before = self._reached(reversed_edges=False)
-        after = self._reached(reversed_edges=True)
-        return {n: self._decide(n, before, after) for n in self.linears}
+        self._after_linears = self._reached(self._barrier, self._users())
+        self._after_attention = self._reached(self.attentions, self._users())
+        self._before_attention = self._reached(self.attentions, self.flow.inputs)
+        return {n: self._decide(n) for n in self.linears}
 
-    def _decide(self, node: fx.Node, before: set[fx.Node], after: set[fx.Node]) -> str:
+    def _decide(self, node: fx.Node) -> str:
         if node not in self.content:
             return CONDITION
         found = self._found.get(node, set())
         letters = "".join(x for x in "qkv" if f"attn.{x}" in found)
         if letters:
             return f"attn.{letters}"
-        if self.attentions and node not in before and (not found or self._embeds(node, after)):
+        if self.attentions and node not in self._after_linears and found and self._embeds(node):
             return STEM
-        if self.attentions and self._follows_stem(node, before) and not self._in_residual(node):
+        if self.attentions and self._follows_stem(node) and not self._in_residual(node):
             return STEM
         if found:
             return "+".join(sorted(found))
-        if self.attentions and node not in after:
-            return HEAD
-        return OTHER
+        if not self.attentions or node in self._operands:
+            return OTHER
+        if node not in self._after_attention:
+            return STEM
+        return OTHER if node in self._before_attention else HEAD
 
-    def _embeds(self, node: fx.Node, after: set[fx.Node]) -> bool:
+    def _embeds(self, node: fx.Node) -> bool:
         """An up-projection of the model's input whose branch is not added back to that input."""
         downs = [n for n in self.content if n is not node and node in self._ups_of(n)]
         return bool(downs) and not any(self._in_residual(down) for down in downs)
 
-    def _follows_stem(self, node: fx.Node, before: set[fx.Node]) -> bool:
+    def _follows_stem(self, node: fx.Node) -> bool:
         ups = self._ups_of(node)
-        return bool(ups) and all(up not in before for up in ups)
+        return bool(ups) and all(up not in self._after_linears for up in ups)
 
     def _in_residual(self, node: fx.Node) -> bool:
         """Whether the linear's result is added to something that its own branch also reads."""
@@ -165,15 +169,16 @@ class _RoleFinder:
         return seen
 
     def _label_operands(self, attention: fx.Node) -> None:
-        operands: list[tuple[str, fx.Node]] = []
-        positional = [a for a in attention.args[:3] if isinstance(a, fx.Node)]
-        operands += list(zip("qkv", positional, strict=False))
+        if op_name(attention) not in ATTENTION_NAMES:
+            # A product of two activations: which operand plays which part is not known.
+            for operand in attention.all_input_nodes:
+                self._operands |= self._first_linears(operand)
+            return
+        operands = list(zip("qkv", (a for a in attention.args[:3] if isinstance(a, fx.Node)), strict=False))
         for letter, key in zip("qkv", _OPERAND_KEYS, strict=True):
             value = attention.kwargs.get(key)
             if isinstance(value, fx.Node):
                 operands.append((letter, value))
-        if op_name(attention) not in ATTENTION_NAMES:
-            return  # a product of two activations is a barrier; which operand plays which part is not known
         for letter, operand in operands:
             for linear in self._first_linears(operand):
                 self._found[linear].add(f"attn.{letter}")
@@ -241,16 +246,18 @@ class _RoleFinder:
                 queue.extend(n for n in self.flow.inputs(current) if self.flow.is_content(n))
         return ups
 
-    def _reached(self, *, reversed_edges: bool) -> set[fx.Node]:
-        """Nodes that have a content linear or attention before them (after them, if reversed)."""
-        edges: Callable[[fx.Node], tuple[fx.Node, ...]]
+    def _users(self) -> _Edges:
         users: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in self.flow.nodes:
             for source in self.flow.inputs(node):
                 users[source].append(node)
-        edges = self.flow.inputs if reversed_edges else lambda n: tuple(users[n])
+        return lambda node: tuple(users[node])
+
+    @staticmethod
+    def _reached(starts: Iterable[fx.Node], edges: _Edges) -> set[fx.Node]:
+        """Nodes that the edges lead to from `starts`; a start itself only if another leads to it."""
         reached: set[fx.Node] = set()
-        queue = [n for start in self._barrier for n in edges(start)]
+        queue = [n for start in starts for n in edges(start)]
         while queue:
             current = queue.pop()
             if current not in reached:
