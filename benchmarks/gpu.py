@@ -1,0 +1,377 @@
+"""Time the W8A8 GEMM on one CUDA GPU against bf16 and int8 peers; correctness comes first.
+
+    PYTHONPATH=. python benchmarks/gpu.py [--sweep] [--only flux] [--minutes 7] [--commit HASH] [--dry-run]
+
+Nothing is timed unless the kernel is exact on this device: every int32 sum equal to an fp64 matrix
+product, for odd shapes, M = 1..17 and every config. Methods of one shape are timed in rotation, each
+as a CUDA graph of several calls over rotating operands (more than L2 holds), so that neither launch
+cost nor a warm cache nor the clock favours one. The result file is rewritten after every shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_checks import SHAPES, Shape, compiled_checks, correctness, guarded, problem, quantized_linear
+from torch import Tensor
+from torch.nn import functional as F
+
+from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
+from viditq_fx.lowering.install import install
+from viditq_fx.ops.linear import linear_epilogue
+from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
+from viditq_fx.triton_templates.base import GemmConfig
+from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, launch
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = "bf16 cuBLAS"
+OURS_COMPILED = "int8 quantize + GEMM, viditq compiled"
+OPERAND_BYTES = 200 << 20
+"""Operands rotate over at least this much memory: more than any L2 (126 MiB on B200)."""
+
+
+# ---------------------------------------------------------------------------------------- methods
+
+Method = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """One copy of a shape's tensors."""
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor
+    x_q: Tensor
+    x_scale: Tensor
+    w_q: Tensor
+    w_scale: Tensor
+
+    @classmethod
+    def make(cls, shape: Shape) -> Operands:
+        x = torch.randn(shape.rows, shape.depth, device="cuda", dtype=torch.bfloat16)
+        w = torch.randn(shape.width, shape.depth, device="cuda", dtype=torch.bfloat16) * shape.depth**-0.5
+        x_q, x_scale = quantize_per_token(x, 8)
+        w_q, w_scale = quantize_per_channel(w, 8)
+        bias = torch.randn(shape.width, device="cuda", dtype=torch.bfloat16)
+        return cls(x=x, w=w, bias=bias, x_q=x_q, x_scale=x_scale, w_q=w_q, w_scale=w_scale)
+
+
+def _bf16(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, w, bias)
+
+
+def _int_mm_with_scales(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor:
+    acc_MN = torch._int_mm(x_q, w_q.t())
+    return linear_epilogue(acc_MN, x_scale, w_scale, bias, torch.bfloat16)
+
+
+def _dynamic_int_mm(x: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor:
+    return _int_mm_with_scales(*quantize_per_token(x, 8), w_q, w_scale, bias)
+
+
+def _peer_name() -> str:
+    try:
+        import torchao
+    except ImportError:
+        return "int8 quantize + torch._int_mm + scales, compiled (torchao is not installed)"
+    return f"int8 torchao {torchao.__version__} dynamic, compiled"
+
+
+def _peer(operands: list[Operands]) -> Callable[[int], Method]:
+    """copy -> torchao's int8 dynamic linear, or the substitute that `_peer_name` names."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        fast = torch.compile(_dynamic_int_mm, dynamic=False)
+        return lambda i: lambda: fast(operands[i].x, operands[i].w_q, operands[i].w_scale, operands[i].bias)
+    width, depth = operands[0].w.shape
+    layers = []
+    for o in operands:
+        layer = torch.nn.Sequential(torch.nn.Linear(depth, width, device="cuda", dtype=torch.bfloat16))
+        layer[0].weight.data, layer[0].bias.data = o.w, o.bias
+        quantize_(layer.requires_grad_(False), Int8DynamicActivationInt8WeightConfig())
+        layers.append(layer)
+    run = torch.compile(lambda layer, x: layer(x), dynamic=False)
+    return lambda i: lambda: run(layers[i], operands[i].x)
+
+
+def methods(shape: Shape, o: list[Operands]) -> dict[str, Callable[[], Callable[[int], Method]]]:
+    """Name -> maker of (copy -> call). Names that say "quantize" include quantizing the input."""
+    best = TEMPLATE.candidates(problem(shape))[0]
+
+    def compiled(function: Callable[..., Any], *fields: str) -> Callable[[int], Method]:
+        fast = torch.compile(function, dynamic=False)
+        return lambda i: lambda: fast(*(getattr(o[i], name) for name in fields))
+
+    integers = ("x_q", "x_scale", "w_q", "w_scale", "bias")
+    return {
+        BASELINE: lambda: lambda i: lambda: F.linear(o[i].x, o[i].w, o[i].bias),
+        "bf16 compiled": lambda: compiled(_bf16, "x", "w", "bias"),
+        "int8 GEMM only, viditq": lambda: (
+            lambda i: lambda: launch(*(getattr(o[i], name) for name in integers), torch.bfloat16, config=best)
+        ),
+        "int8 GEMM only, torch._int_mm + scales, compiled": lambda: compiled(_int_mm_with_scales, *integers),
+        OURS_COMPILED: lambda: compiled(quantized_linear, "x", "w_q", "w_scale", "bias"),
+        _peer_name(): lambda: _peer(o),
+    }
+
+
+# ------------------------------------------------------------------------------------------ sweep
+
+
+def _sweep() -> Iterator[GemmConfig]:
+    tiles = (
+        {"block_m": 128, "block_n": 128},
+        {"block_m": 128, "block_n": 256},
+        {"block_m": 256, "block_n": 128},
+    )
+    for tile in tiles:
+        for depth in (64, 128):
+            for stages in (3, 4):
+                yield GemmConfig(**tile, block_k=depth, num_stages=stages, num_warps=8)
+    for group in (1, 4, 16):
+        for tile in tiles[1:]:
+            yield GemmConfig(**tile, block_k=128, num_stages=3, num_warps=8, group_m=group)
+    yield GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=4, num_warps=4)
+    yield GemmConfig(block_m=64, block_n=256, block_k=128, num_stages=4, num_warps=4)
+    yield GemmConfig(block_m=64, block_n=256, block_k=128, num_stages=4, num_warps=8)
+
+
+SWEEP = tuple(_sweep())
+
+
+def compile_one(shape: Shape, config: GemmConfig) -> None:
+    """Fill Triton's disk cache for this shape and config: runs in a process of its own.
+
+    M is an argument of the kernel, specialized only by whether 16 divides it: few rows stand for many.
+    """
+    few = Shape(
+        model=shape.model, rows=16 if shape.rows % 16 == 0 else 24, depth=shape.depth, width=shape.width
+    )
+    o = Operands.make(few)
+    launch(o.x_q, o.x_scale, o.w_q, o.w_scale, o.bias, torch.bfloat16, config=config)
+
+
+def precompile(shapes: list[Shape], configs: tuple[GemmConfig, ...]) -> None:
+    """Compile a sweep on many cores; what fails here fails again, and is reported, where it is timed."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=spawn) as pool:
+        jobs = [pool.submit(compile_one, shape, config) for shape in shapes for config in configs]
+        failed = sum(job.exception() is not None for job in jobs)
+    print(f"compiled {len(jobs) - failed} of {len(jobs)} kernels of the sweep", flush=True)
+
+
+# ----------------------------------------------------------------------------------------- timing
+
+
+def graph_of(call: Callable[[int], Method], copies: int, calls: int, pool: Any) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `calls` calls over rotating copies of the operands.
+
+    All graphs of a shape share a memory pool: they run one after another and nobody reads their results.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(min(3, copies)):
+            call(i)()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for i in range(calls):
+            call(i % copies)()
+    return graph
+
+
+def rotate(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Replay each graph once a round: microseconds of one call as 20th, 50th, 80th percentile."""
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for number in range(rounds + 2):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if number >= 2:  # two rounds of warm-up
+                samples[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return {name: _percentiles(times) for name, times in samples.items()}
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times, n=10)
+    return {"p20": cuts[1], "p50": statistics.median(times), "p80": cuts[7], "rounds": len(times)}
+
+
+def time_shape(shape: Shape, sweep: bool, rounds: int, skip: set[str]) -> dict[str, Any]:
+    """Every method on one shape; a method that fails is recorded with its error and left out."""
+    copies = max(2, min(8, -(-OPERAND_BYTES // (shape.depth * (shape.rows + shape.width)))))
+    operands = [Operands.make(shape) for _ in range(copies)]
+    flops = 2 * shape.rows * shape.depth * shape.width
+    calls = max(copies, min(32, int(4e-3 * 5e14 / flops)))
+    makers = methods(shape, operands)
+    if sweep:
+        args = ("x_q", "x_scale", "w_q", "w_scale", "bias")
+        for config in SWEEP:
+            label = f"sweep {config} s{config.num_stages} w{config.num_warps} g{config.group_m}"
+            makers[label] = lambda config=config: (
+                lambda i: (
+                    lambda: launch(
+                        *(getattr(operands[i], name) for name in args), torch.bfloat16, config=config
+                    )
+                )
+            )
+    graphs, errors, pool = {}, {}, torch.cuda.graph_pool_handle()
+    for name, maker in makers.items():
+        if name in skip:
+            continue
+        try:
+            graphs[name] = graph_of(maker(), copies, calls, pool)
+        except Exception as error:  # noqa: BLE001 - one method's failure must not lose the others
+            errors[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            torch.cuda.synchronize()
+    times = rotate(graphs, calls, rounds)
+    for entry in times.values():
+        entry["tflops"] = flops / entry["p50"] / 1e6
+        if BASELINE in times:
+            entry["speedup"] = times[BASELINE]["p50"] / entry["p50"]
+    chosen = str(TEMPLATE.candidates(problem(shape))[0])
+    return {
+        **asdict(shape),
+        "copies": copies,
+        "calls": calls,
+        "config": chosen,
+        "times": times,
+        "errors": errors,
+    }
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def environment(commit: str | None) -> dict[str, Any]:
+    """Hardware, versions, commit."""
+    import triton
+
+    known = (
+        commit
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
+    record = {
+        "commit": known or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
+    if torch.cuda.is_available():
+        props = torch.cuda.get_device_properties(0)
+        capability = f"sm_{props.major}{props.minor}"
+        record |= {"device": props.name, "capability": capability, "sms": props.multi_processor_count}
+    return record
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sweep", action="store_true", help=f"time {len(SWEEP)} more configs a shape")
+    parser.add_argument("--only", default="", help="regular expression over shape names, e.g. 'flux|wan'")
+    parser.add_argument("--rounds", type=int, default=30, help="timed replays of each method")
+    parser.add_argument("--minutes", type=float, default=7, help="start no new shape after this long")
+    parser.add_argument("--commit", help="commit hash, where the copy has no git history")
+    parser.add_argument("--out", type=Path, help="result file; see benchmarks/README.md for the names")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run; needs no GPU")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """0: measured. 1: the kernel is wrong on this device, nothing was timed. 2: no device."""
+    options, begun = arguments(), time.monotonic()
+    shapes = [shape for shape in SHAPES if re.search(options.only, str(shape))]
+    if options.dry_run:
+        print(json.dumps(environment(options.commit), indent=1), *shapes, sep="\n")
+        return 0
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a CUDA device; --dry-run does not", file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {"environment": environment(options.commit), "checks": {}, "shapes": []}
+    device = re.sub(r"[^a-z0-9]+", "-", record["environment"]["device"].lower()).strip("-")
+    name = (
+        f"gpu-linear-{device}-torch{torch.__version__.split('+')[0]}{'-sweep' if options.sweep else ''}.json"
+    )
+    out = options.out or Path(__file__).parent / "results" / name
+    record["checks"] = guarded(correctness)
+    save(record, out)
+    if any(state != "ok" for state in record["checks"].values()):
+        print("the kernel is wrong on this device: nothing is timed")
+        return 1
+    print(f"{len(record['checks'])} checks ok, {time.monotonic() - begun:.0f} s", flush=True)
+    install()
+    with wide_persistent_reductions():
+        record["checks_compiled"] = guarded(compiled_checks)
+        print(*record["checks_compiled"].items(), sep="\n", flush=True)
+        skip = set() if set(record["checks_compiled"].values()) == {"ok"} else {OURS_COMPILED}
+        if options.sweep:
+            precompile(shapes, SWEEP)
+        for shape in shapes:
+            if time.monotonic() - begun > options.minutes * 60:
+                print(f"out of time before {shape}", flush=True)
+                break
+            try:
+                record["shapes"].append(time_shape(shape, options.sweep, options.rounds, skip))
+                show(record["shapes"][-1], shape, time.monotonic() - begun)
+            except Exception:  # noqa: BLE001 - one failing shape must not lose the rest
+                record["shapes"].append({**asdict(shape), "error": traceback.format_exc()[-2000:]})
+                print(f"FAILED {shape}\n{record['shapes'][-1]['error']}", flush=True)
+            save(record, out)
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+    print(f"wrote {out}")
+    return 0
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    """Write the file whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    temporary.replace(out)
+
+
+def show(entry: dict[str, Any], shape: Shape, seconds: float) -> None:
+    """One line a method, fastest first; of a sweep the best five."""
+    print(f"{shape} (config {entry['config']}, {seconds:.0f} s)", flush=True)
+    shown = sorted(entry["times"].items(), key=lambda item: item[1]["p50"])
+    swept = [name for name, _ in shown if name.startswith("sweep")][5:]
+    for name, t in shown:
+        if name not in swept:
+            spread = f"{t['p20']:8.1f} {t['p50']:8.1f} {t['p80']:8.1f} us"
+            print(f"  {spread} {t['tflops']:7.0f} TFLOP/s {t.get('speedup', 0):5.2f}x  {name}", flush=True)
+    for name, error in entry["errors"].items():
+        if not name.startswith("sweep"):
+            print(f"  FAILED {name}: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
