@@ -83,7 +83,9 @@ def test_linear_holds_to_fp64(rows, width, depth, dtype, with_bias, seed):
     assert got.dtype == dtype
     tolerance = EPILOGUE_TOLERANCES[dtype]
     # The sum of two terms can cancel: the error is bounded by the terms, not by their sum.
-    size = (exact(x_q, w_q) * x_scale.double() * w_scale.double()).abs() + (0 if bias is None else bias.double().abs())
+    size = (exact(x_q, w_q) * x_scale.double() * w_scale.double()).abs() + (
+        0 if bias is None else bias.double().abs()
+    )
     assert ((got.double() - want).abs() <= tolerance.atol + tolerance.rtol * size).all()
 
 
@@ -125,7 +127,12 @@ def test_a_nan_row_stays_in_its_row():
     ],
 )
 def test_operands_that_do_not_fit(change, message):
-    args = [*quantize_per_token(torch.ones(2, 8), 8), *quantize_per_channel(torch.ones(4, 8), 8), None, torch.float32]
+    args = [
+        *quantize_per_token(torch.ones(2, 8), 8),
+        *quantize_per_channel(torch.ones(4, 8), 8),
+        None,
+        torch.float32,
+    ]
     change(args)
     with pytest.raises(ValueError, match=message):
         linear_w8a8(*args)
@@ -134,7 +141,10 @@ def test_operands_that_do_not_fit(change, message):
 def test_it_has_no_derivative_and_says_so():
     x = torch.randn(2, 8, requires_grad=True)
     y = ops.LINEAR_W8A8.overload(
-        *ops.QUANTIZE_PER_TOKEN.overload(x, 8), *quantize_per_channel(torch.ones(4, 8), 8), None, torch.float32
+        *ops.QUANTIZE_PER_TOKEN.overload(x, 8),
+        *quantize_per_channel(torch.ones(4, 8), 8),
+        None,
+        torch.float32,
     )
     with pytest.raises(RuntimeError, match="is for inference and has no derivative"):
         y.sum().backward()

@@ -100,7 +100,9 @@ def test_per_channel_is_per_token_of_the_weight():
     q_rows, scale_rows = quantize_per_token(w, 8)
     assert torch.equal(q, q_rows)
     assert torch.equal(scale, scale_rows[:, 0])
-    assert torch.equal(dequantize_per_channel(q, scale, torch.float32), dequantize_per_token(q, scale_rows, torch.float32))
+    assert torch.equal(
+        dequantize_per_channel(q, scale, torch.float32), dequantize_per_token(q, scale_rows, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -3])

@@ -331,5 +331,5 @@ def test_verify_finds_a_planned_site_that_nothing_was_done_for():
     gm, ctx = _quantized()
     site = ctx.report.site("blocks.0.q")
     site.done = None
-    with pytest.raises(VerifyError, match="blocks.0.q"):
+    with pytest.raises(VerifyError, match=r"blocks\.0\.q"):
         verify(gm, ctx, after="place_weights")
