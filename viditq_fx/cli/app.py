@@ -1,0 +1,176 @@
+"""The commands: their options, and what they print."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from viditq_fx.cli.errors import OneLineErrors, user_errors
+
+# torch is imported inside the commands: `viditq --help` answers at once.
+if TYPE_CHECKING:
+    from viditq_fx.inspection import ExplainReport
+
+app = typer.Typer(
+    name="viditq",
+    cls=OneLineErrors,
+    help="Run diffusion transformers quantized through torch.compile.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_QUICK_IMAGES, _QUICK_STEPS = 40, 10
+_DEFAULT_IMAGES, _DEFAULT_STEPS = 200, 20
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("viditq-demo"),
+    images: Annotated[
+        int | None, typer.Option(help=f"Digits to draw with each variant.  [default: {_DEFAULT_IMAGES}]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Sampling steps.  [default: {_DEFAULT_STEPS}]")] = None,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    schemes: Annotated[
+        str | None,
+        typer.Option(help="Schemes to compare, e.g. w8a8,w8a7.  [default: those that fit the device]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"{_QUICK_IMAGES} images and {_QUICK_STEPS} steps.")
+    ] = False,
+) -> None:
+    """Draw digits in full precision and quantized; compare pictures, speed and memory."""
+    with user_errors():
+        from viditq_fx.demo.config import DemoConfig, parse_schemes
+
+        if images is None:
+            images = _QUICK_IMAGES if quick else _DEFAULT_IMAGES
+        if steps is None:
+            steps = _QUICK_STEPS if quick else _DEFAULT_STEPS
+        config = DemoConfig(
+            out=out,
+            images=images,
+            steps=steps,
+            seed=seed,
+            schemes=parse_schemes(schemes) if schemes is not None else (),
+            device=device,
+            command=shlex.join(["viditq", *sys.argv[1:]]),
+        )
+        _run_demo(config)
+
+
+def _run_demo(config: Any) -> None:
+    console = Console()
+    _quiet_libraries()
+    with console.status("importing torch and diffusers ..."):
+        from viditq_fx.cli.progress import Bars
+        from viditq_fx.cli.tables import demo_table
+        from viditq_fx.demo.result import notes
+        from viditq_fx.demo.run import run_demo
+    with Bars(console) as bars:
+        result = run_demo(config, progress=bars)
+    console.print(demo_table(result))
+    for note in notes(result):
+        console.print(f"• {note}", markup=False, highlight=False)
+    console.print()
+    console.print(f"Done in {result.seconds:.0f} s. Look at:", highlight=False)
+    for name, what in (
+        ("report.html", "the table, the pictures and every site, explained; open it in a browser"),
+        ("grid.png", "the same digits by every variant, and their differences"),
+        ("table.json", "all figures, versions and the machine"),
+    ):
+        console.print(f"  {config.out / name}  {what}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def explain(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="'digits' (the demo's model), or package.module:function that returns (model, args, kwargs) "
+            "or (model, kwargs)."
+        ),
+    ],
+    scheme: Annotated[str | None, typer.Option(help="w8a8 or w8a7.  [default: w8a8]")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Glob over module paths, or role, to keep in full precision."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write to this file (JSON if it ends in .json) instead of the terminal."),
+    ] = None,
+) -> None:
+    """Run a model once, quantized, and show what was done at every linear and why."""
+    with user_errors():
+        if scheme is not None:
+            from viditq_fx.scheme import QuantScheme
+
+            QuantScheme.parse(scheme)  # before the imports and the model, which take long
+        report = _explain(target, scheme, keep or [])
+        if out is not None:
+            from viditq_fx.demo.output import write_whole
+
+            text = report.to_json() if as_json or out.suffix == ".json" else str(report)
+            write_whole(out, (text + "\n").encode())
+        elif as_json:
+            print(report.to_json())
+        else:
+            _print_explanation(report)
+
+
+def _explain(target: str, scheme: str | None, keep: list[str]) -> ExplainReport:
+    from viditq_fx.cli.target import load_target
+
+    _quiet_libraries()
+    console = Console(stderr=True)
+    with console.status(f"loading {target} ..."):
+        loaded = load_target(target)
+    options = ({"scheme": scheme} if scheme else {}) | ({"keep": keep} if keep else {})
+    with console.status("compiling and running it once ..."):
+        from viditq_fx.inspection import explain as explain_model
+
+        return explain_model(loaded.model, *loaded.args, options=options or None, **loaded.kwargs)
+
+
+def _print_explanation(report: ExplainReport) -> None:
+    from viditq_fx.cli.tables import explain_table
+    from viditq_fx.inspection.render import summary_lines
+
+    # Piped into a file or a pager, a table squeezed into 80 columns would be unreadable.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(explain_table(report))
+    for line in summary_lines(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Check what this machine has: versions, compiler, CPU and GPU, and which kernels would run."""
+    with user_errors():
+        from viditq_fx.cli.doctor import examine
+        from viditq_fx.cli.tables import doctor_table
+
+        console = Console()
+        with console.status("looking around ..."):
+            findings = examine(os.environ.get("CXX"))
+        console.print(doctor_table(findings))
+        missing = [finding.name for finding in findings if finding.state == "missing"]
+        if missing:
+            print(f"viditq: something essential is missing: {', '.join(missing)}", file=sys.stderr)
+            raise typer.Exit(1)
+        console.print("Everything essential is here.")
+
+
+def _quiet_libraries() -> None:
+    """Keep library chatter that a user can do nothing about out of the progress bars."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)

@@ -1,0 +1,77 @@
+"""The command line's tables: the explain report, the doctor's findings, the demo's figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+from viditq_fx.cli.doctor import Finding
+
+if TYPE_CHECKING:
+    from viditq_fx.demo.result import DemoResult
+    from viditq_fx.inspection import ExplainedSite, ExplainReport
+
+_OUTCOME_STYLES = {"quantized": "green", "kept": "", "refused": "red"}
+_STATE_STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
+
+
+def explain_table(report: ExplainReport) -> Table:
+    """One row a site: what was planned and done, by which kernel, or why not."""
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("site", overflow="fold", ratio=5)
+    for title in ("role", "M×K×N", "planned", "done", "kernel", "MB before", "MB now"):
+        numeric = title.startswith("MB")
+        table.add_column(title, justify="right" if numeric else "left", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=4)
+    for site in report.sites:
+        style = _OUTCOME_STYLES[site.outcome]
+        calls = f" ×{site.calls}" if site.calls > 1 else ""
+        before, now = _megabytes(site)
+        table.add_row(
+            Text(site.fqn or "(root)"),
+            site.role,
+            f"{site.rows}×{site.depth}×{site.width}{calls}",
+            site.planned or "–",
+            Text(site.done or site.outcome, style=style),
+            site.kernel or "",
+            before,
+            now,
+            Text(site.reason or ""),
+        )
+    return table
+
+
+def _megabytes(site: ExplainedSite) -> tuple[str, str]:
+    """MB of a quantized site's weight: in full precision, and all that is in memory of it now."""
+    if site.done is None:
+        return "", ""
+    return f"{site.bytes_full / 1e6:.2f}", f"{(site.resident_packed + site.resident_full) / 1e6:.2f}"
+
+
+def doctor_table(findings: list[Finding]) -> Table:
+    """One row a finding."""
+    table = Table(box=SIMPLE, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        state = Text(finding.state, style=_STATE_STYLES[finding.state])
+        table.add_row(finding.name, state, Text(finding.detail))
+    return table
+
+
+def demo_table(result: DemoResult) -> Table:
+    """Figures down, variants across: it fits a narrow terminal."""
+    from viditq_fx.demo.table import COLUMNS, cells
+
+    rows = cells(result)
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        table.add_column(row[0], justify="right", overflow="fold")
+    for index, column in enumerate(COLUMNS[1:], start=1):
+        table.add_row(column.title, *(Text(row[index]) for row in rows))
+    return table

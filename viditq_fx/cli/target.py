@@ -1,0 +1,88 @@
+"""What `viditq explain` looks at: the demo's model, or a function of the user's that makes a model and a call."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from viditq_fx.errors import ViditqError
+
+DEMO_TARGET = "digits"
+
+
+class TargetError(ViditqError):
+    """TARGET names nothing that gives a model and an example call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A model and one example call of it."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def load_target(text: str) -> Target:
+    """Find and make what TARGET names: "digits", or "package.module:function".
+
+    The function takes nothing and returns (model, args, kwargs) or (model, kwargs). Modules are found
+    in the current folder too. Raises TargetError for anything else; what the function itself raises
+    comes through as it is.
+    """
+    if text == DEMO_TARGET:
+        return _digits()
+    path, colon, name = text.partition(":")
+    if not colon or not path or not name:
+        raise TargetError(f"TARGET {text!r}: give {DEMO_TARGET!r} or package.module:function")
+    function = getattr(_import(text, path), name, None)
+    if not callable(function):
+        what = "has no" if function is None else "has a value, not a function, under"
+        raise TargetError(f"TARGET {text!r}: module {path!r} {what} {name!r}")
+    return _checked(text, function())
+
+
+def _import(text: str, path: str) -> Any:
+    # A console script does not look in the current folder, where the user's module usually is.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(path)
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise TargetError(f"TARGET {text!r}: cannot import {path!r}: {error}") from error
+
+
+def _checked(text: str, made: Any) -> Target:
+    form = "return (model, args, kwargs) or (model, kwargs)"
+    if not isinstance(made, tuple) or len(made) not in {2, 3}:
+        raise TargetError(f"TARGET {text!r}: it returned {_brief(made)}; {form}")
+    model, args, kwargs = made if len(made) == 3 else (made[0], (), made[1])
+    if not callable(model):
+        raise TargetError(f"TARGET {text!r}: its model is {_brief(model)}, which cannot be called; {form}")
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict):
+        raise TargetError(f"TARGET {text!r}: args {_brief(args)} and kwargs {_brief(kwargs)}; {form}")
+    return Target(model=model, args=tuple(args), kwargs=kwargs)
+
+
+def _brief(value: Any) -> str:
+    length = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
+    return f"{type(value).__name__}{length}"
+
+
+def _digits() -> Target:
+    import torch
+
+    from viditq_fx.demo.model import load_digits_dit
+    from viditq_fx.demo.sampling import balanced_labels, initial_noise
+
+    rows = 20
+    kwargs = {
+        "timestep": torch.full((rows,), 500.0),
+        "class_labels": balanced_labels(rows),
+        "return_dict": False,
+    }
+    return Target(model=load_digits_dit(), args=(initial_noise(rows, seed=0),), kwargs=kwargs)

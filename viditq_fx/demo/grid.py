@@ -1,0 +1,68 @@
+"""Draw the demo's picture: one row of digits for each variant, the same noise down every column."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from viditq_fx.demo.model import IMAGE_SIZE
+
+COLUMNS = 12
+"""Most images of a row."""
+DIFFERENCE_GAIN = 4
+"""How much brighter differences are drawn, so that small ones can be seen at all."""
+_GAP = 2
+_INCHES_PER_IMAGE = 0.62
+_LABEL_INCHES = 1.75
+_TITLE_INCHES = 0.75
+
+
+def draw_grid(images: Mapping[str, Tensor], labels: Tensor, seed: int) -> bytes:
+    """A PNG of every variant's first images [n, 1, 32, 32], then each one's difference from the first.
+
+    labels: [n] digits asked for, written above the columns.
+    """
+    names = list(images)
+    base = images[names[0]][:COLUMNS]
+    rows = [(name, images[name][:COLUMNS], False) for name in names]
+    rows += [
+        (f"|{name} − {names[0]}| × {DIFFERENCE_GAIN}", (images[name][:COLUMNS] - base).abs(), True)
+        for name in names[1:]
+    ]
+    width = _LABEL_INCHES + max(_INCHES_PER_IMAGE * len(base), 3.0)
+    height = _TITLE_INCHES + _INCHES_PER_IMAGE * 1.08 * len(rows)
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    left, top = _LABEL_INCHES / width, 1.0 - _TITLE_INCHES / height
+    step = (top - 0.02) / len(rows)
+    for index, (name, drawn, is_difference) in enumerate(rows):
+        panel = (left, top - (index + 1) * step, 1.0 - left - 0.01, step * 0.93)
+        axes = figure.add_axes(panel)
+        _draw_row(axes, drawn, is_difference)
+        axes.text(-6, IMAGE_SIZE / 2, name, ha="right", va="center", fontsize=9)
+        if index == 0:
+            for column, label in enumerate(labels[: len(base)].tolist()):
+                center = column * (IMAGE_SIZE + _GAP) + IMAGE_SIZE / 2
+                axes.text(center, -4, str(label), ha="center", va="bottom", fontsize=9, color="#555")
+    figure.text(
+        0.01, 1.0 - 0.2 / height, f"Same noise (seed {seed}) down every column", fontsize=10, va="center"
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_row(axes: Axes, drawn: Tensor, is_difference: bool) -> None:
+    """Draw images [n, 1, 32, 32] side by side; differences black on white, scaled by the gain."""
+    low, high, cmap = (0.0, 2.0 / DIFFERENCE_GAIN, "gray_r") if is_difference else (-1.0, 1.0, "gray")
+    strip = torch.full((IMAGE_SIZE, len(drawn) * (IMAGE_SIZE + _GAP) - _GAP), float("nan"))
+    for column, image in enumerate(drawn):
+        start = column * (IMAGE_SIZE + _GAP)
+        strip[:, start : start + IMAGE_SIZE] = image[0]
+    axes.imshow(strip.numpy(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+    axes.set_anchor("W")
+    axes.axis("off")

@@ -1,0 +1,73 @@
+"""A folder of results that holds whole files only: each is written beside its place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file at once: whoever looks sees the old one or the new one, never half.
+
+    Raises OSError when the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class OutputFolder:
+    """Collects files inside a `with` block and puts them in place together when it ends well.
+
+    The folder is made and tried on entry, so that one that cannot be written is told at once; if the
+    block fails, a folder that it made is removed again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[Path] = []
+        self._files: dict[str, bytes] = {}
+
+    def __enter__(self) -> OutputFolder:
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        try:
+            for folder in reversed(missing):
+                folder.mkdir()
+                self._made.append(folder)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except BaseException:
+            self._remove_made()
+            raise
+        return self
+
+    def write(self, name: str, content: bytes) -> None:
+        """Keep a file for the end of the block."""
+        self._files[name] = content
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                for name, content in self._files.items():
+                    write_whole(self.path / name, content)
+                self._made.clear()
+        finally:
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        self._made.clear()
