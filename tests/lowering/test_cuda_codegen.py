@@ -230,3 +230,44 @@ def test_generated_code_computes_the_reference(dtype, tolerance, tmp_path):
     ((got,),) = run_interpreted("nogpu.run_generated", [(code, args)], tmp_path)
     want = model(*inputs)
     assert (got.float() - want.float()).norm() / want.float().norm() < tolerance
+
+
+@pytest.mark.parametrize("winner", ["first", "last"])
+def test_autotuning_times_every_config_and_cublas(monkeypatch, winner):
+    """With timings made up: the fastest is taken, and the log says which it was."""
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    from viditq_fx.lowering import inductor_compat
+
+    offered = []
+
+    def timings(self, name, input_nodes, layout, input_gen_fns, inputs_key, choices, *args, **kwargs):
+        offered.extend(choices)
+        order = choices if winner == "first" else list(reversed(choices))
+        return {choice: float(rank) for rank, choice in enumerate(order)}
+
+    monkeypatch.setattr(inductor_compat, "wants_autotuning", lambda: True)
+    monkeypatch.setattr(AlgorithmSelectorCache, "do_autotuning", timings)
+    monkeypatch.setattr(AlgorithmSelectorCache, "make_precompile_fn", lambda self, *args, **kwargs: None)
+    code, log = generate(linear((2048, 1152), 1152))
+    (entry,) = log.values()
+    assert entry.reason == f"fastest of {len(offered)} timed"
+    assert entry.kernel.startswith("triton:" if winner == "first" else "extern:int_mm")
+    assert ("extern_kernels.viditq_int_mm_linear(" in code) == (winner == "last")
+
+
+@pytest.mark.parametrize("depth", [1152, 13824, 15360])
+def test_quantize_of_wide_rows_is_one_pass_without_spills(depth):
+    """GELU and quantize over FLUX's and Wan's widest rows: read once, held in registers."""
+
+    def make():
+        def function(x):
+            return torch.ops.viditq.quantize_per_token(F.gelu(x, approximate="tanh"), 8)
+
+        return function, torch.empty(2, 512, depth, device="cuda", dtype=BF16)
+
+    code, _ = generate(make)
+    ((name, source),) = kernel_sources(code).items()
+    assert "_per_" in name
+    result = assemble_generated(name, source, 90)
+    assert (result.spills, result.stack_bytes) == (0, 0), result
