@@ -160,6 +160,25 @@ def test_one_kernel_whatever_the_shape(case):
     assert entry.reason == "estimated best tile"
 
 
+def test_log_names_the_module():
+    class Projection(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("q", torch.empty(64, 64, dtype=torch.int8, device="cuda"))
+            self.register_buffer("scale", torch.empty(64, device="cuda"))
+
+        def forward(self, x):
+            q, s = torch.ops.viditq.quantize_per_token(x, 8)
+            return torch.ops.viditq.linear_w8a8(q, s, self.q, self.scale, None, BF16)
+
+    def make():
+        model = torch.nn.Sequential(torch.nn.Sequential(Projection(), Projection()))
+        return model, torch.empty(4, 64, device="cuda", dtype=BF16)
+
+    _, log = generate(make)
+    assert [entry.fqn for entry in log.values()] == ["0.0", "0.1"]
+
+
 def test_no_rows():
     code, log = generate(linear((0, 64), 32))
     assert not any("_tem_" in name for name in kernel_sources(code))

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from viditq_fx.site import fqn_of_source
+
 # ------------------------------------------------------------------ kernel templates and lowerings
 
 Box = Any
@@ -57,7 +59,7 @@ class LoweredNode:
 
     name: str
     fqn: str
-    """Path of the innermost module that it came from; "" when it is unknown."""
+    """Path of the innermost module that it came from, relative to the compiled one, as a Site has it."""
 
 
 def current_node() -> LoweredNode:
@@ -66,7 +68,7 @@ def current_node() -> LoweredNode:
 
     node = V.graph.current_node
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return LoweredNode(name=node.name, fqn=stack[-1][0] if stack else "")
+    return LoweredNode(name=node.name, fqn=fqn_of_source(stack[-1][0]) if stack else "")
 
 
 def static_int(size: Any) -> int | None:

@@ -19,7 +19,7 @@ class KernelRecord:
     reason: str
     """Why this kernel and not another."""
     fqn: str
-    """Path of the innermost module that the node came from; "" when it is unknown."""
+    """Path of the innermost module that the node came from, as a Site has it; "" is the compiled one."""
 
 
 # Context, not state: set only inside `kernel_log()`, so concurrent compilations do not mix.
