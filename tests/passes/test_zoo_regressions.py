@@ -125,3 +125,39 @@ def test_roles_add_no_guard():
         compiled = torch.compile(Positions().eval(), backend=backend, dynamic=True)
         compiled(torch.randn(2, 40, WIDTH), torch.randn(24, WIDTH))
     assert guards == [0]
+
+
+class Adapted(nn.Module):
+    """linear(x) + scale * B(A(x)), as peft writes LoRA, with as many adapters as are active."""
+
+    def __init__(self, depth: int, width: int, adapters: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(depth, width)
+        self.down = nn.ModuleList(nn.Linear(depth, 4, bias=False) for _ in range(adapters))
+        self.up = nn.ModuleList(nn.Linear(4, width, bias=False) for _ in range(adapters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        for down, up in zip(self.down, self.up, strict=True):
+            result = result + up(F.dropout(down(x.to(torch.float32)), 0.1, training=False)) * 0.5
+        return result
+
+
+@pytest.mark.parametrize("adapters", [0, 1, 2])
+def test_adapted_linears_have_the_role_of_their_linear(adapters):
+    """The sum of a linear and its adapters once ended the search as a residual does: no ffn.down behind it."""
+
+    class Block(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.d = (Adapted(WIDTH, WIDTH, adapters) for _ in range(2))
+            self.e, self.f = Adapted(WIDTH, 2 * WIDTH, adapters), Adapted(2 * WIDTH, WIDTH, adapters)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x + self.f(F.gelu(self.e(F.layer_norm(x, (WIDTH,)))))
+
+    expected = {"a": "attn.q", "b": "attn.k", "c": "attn.v", "d": "attn.out", "e": "ffn.up", "f": "ffn.down"}
+    found = roles(Block(), torch.randn(2, 40, WIDTH))
+    assert len(found) == 6 + 4 * 2 * adapters
+    assert {name: role for name, role in found.items() if role != expected[name[0]]} == {}

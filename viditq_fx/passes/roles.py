@@ -41,6 +41,9 @@ _ACTIVATIONS = frozenset(
 )
 _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "native_layer_norm"})
 _ADDS = frozenset({"add", "add_", "iadd", "addcmul", "addcmul_", "lerp"})
+_SCALES = frozenset(
+    {"mul", "imul", "mul_", "truediv", "to", "type_as", "float", "half", "bfloat16", "dropout"}
+)
 _OPERAND_KEYS = ("query", "key", "value")
 
 _Edges = Callable[[fx.Node], tuple[fx.Node, ...]]
@@ -87,6 +90,10 @@ class _RoleFinder:
         self.content = {n for n in self.linears if self.flow.is_content(n)}
         self.attentions = [n for n in graph.nodes if self._is_attention(n)]
         self._barrier = self.content | set(self.attentions)
+        self._adapted = self._adapted_sums()
+        """Each linear(x) + B(A(x)) (LoRA) -> its linear."""
+        self._base = {n: base for add, base in self._adapted.items() for n in self._low_rank(add, base)}
+        """Each A and B -> the linear that it adapts."""
         self._found: dict[fx.Node, set[str]] = defaultdict(set)
         self._operands: set[fx.Node] = set()
         """Linears that feed an attention spelled as matmuls."""
@@ -115,6 +122,8 @@ class _RoleFinder:
     def _decide(self, node: fx.Node) -> str:
         if node not in self.content:
             return CONDITION
+        if node in self._base:
+            return self._decide(self._base[node])
         found = self._found.get(node, set())
         letters = "".join(x for x in "qkv" if f"attn.{x}" in found)
         if letters:
@@ -167,6 +176,38 @@ class _RoleFinder:
                 seen.add(current)
                 queue.extend(self.flow.inputs(current))
         return seen
+
+    def _adapted_sums(self) -> dict[fx.Node, fx.Node]:
+        sums: dict[fx.Node, fx.Node] = {}
+        for node in self.flow.nodes:
+            operands = [n for n in self.flow.inputs(node) if self.flow.is_content(n)]
+            if op_name(node) not in _ADDS or len(operands) != 2:
+                continue
+            for one, other in (operands, reversed(operands)):
+                base, up = sums.get(one) or self._unscaled(one), self._unscaled(other)
+                down = self._unscaled(linear_input(up)) if up in self.content else None
+                if base in self.content and down in self.content and self._adapts(down, base):
+                    sums[node] = base
+                    break
+        return sums
+
+    def _low_rank(self, add: fx.Node, base: fx.Node) -> list[fx.Node]:
+        ups = [n for n in map(self._unscaled, self.flow.inputs(add)) if n in self.content and n is not base]
+        return [n for up in ups for n in (up, self._unscaled(linear_input(up)))]
+
+    def _unscaled(self, node: fx.Node) -> fx.Node:
+        """What a value is but for scaling, casts and idle dropout."""
+        while op_name(node) in _SCALES:
+            sources = [n for n in self.flow.inputs(node) if self.flow.is_content(n)]
+            if len(sources) != 1:
+                break
+            node = sources[0]
+        return node
+
+    def _adapts(self, down: fx.Node, base: fx.Node) -> bool:
+        """Whether two linears read the same input, and the first makes fewer channels of it."""
+        same = self._unscaled(linear_input(down)) is self._unscaled(linear_input(base))
+        return same and example(down).shape[-1] < example(base).shape[-1]
 
     def _label_operands(self, attention: fx.Node) -> None:
         if op_name(attention) not in ATTENTION_NAMES:
@@ -223,7 +264,7 @@ class _RoleFinder:
             return frozenset({"stop"})
         sources = [n for n in self.flow.inputs(node) if self.flow.is_content(n)]
         kinds = frozenset().union(*(self._kind(n) for n in sources)) if sources else frozenset({"stop"})
-        if name in _ADDS and len(sources) > 1 and kinds != {"attention"}:
+        if name in _ADDS and len(sources) > 1 and kinds != {"attention"} and node not in self._adapted:
             return frozenset({"stop"})
         if name in _ACTIVATIONS and "linear" in kinds:
             return kinds | {"acted"}
