@@ -46,7 +46,7 @@ def test_replaces_what_the_policy_quantizes(layers):
 
 
 def test_eager_and_compiled_agree():
-    model, inputs, want, _ = quantized()
+    model, inputs, _want, _ = quantized()
     with torch.no_grad():
         eager = model(*inputs)
         compiled = torch.compile(model, backend="viditq", fullgraph=True)(*inputs)
@@ -168,7 +168,7 @@ def test_state_dict_round_trip_is_bit_exact(tmp_path):
 
 
 def test_full_precision_checkpoint_is_quantized_on_the_way_in():
-    model, inputs, want, _ = quantized()
+    model, inputs, _want, _ = quantized()
     other = tiny_dit(1, seed=9)
     vq.quantize_(other, inputs)
     other.load_state_dict(tiny_dit(1).state_dict())

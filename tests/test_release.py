@@ -106,7 +106,7 @@ def test_a_view_of_a_larger_storage_is_kept():
 
 
 def test_a_graph_that_needs_the_full_weight_says_so():
-    layer, call, x, _ = released_linear()
+    _layer, call, x, _ = released_linear()
     with pytest.raises(ReleasedWeightError, match="use weights='keep'"):
         call(x[:3])  # three rows: the policy keeps full precision, which is gone
 
@@ -130,7 +130,7 @@ def test_packed_weights_go_with_their_model():
 
     gc.collect()
     before = len(packed_weights._ENTRIES)
-    layer, call, x, want = released_linear(seed=5)
+    layer, call, _x, _want = released_linear(seed=5)
     assert len(packed_weights._ENTRIES) == before + 1
     del layer, call
     torch._dynamo.reset()

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 
 _ROOT = re.compile(r"""^(L\[['"][^'"]+['"]\]|L__self__|self)""")
-_STEP = re.compile(r"""\.?(?:_modules|_parameters|_buffers)\[['"]([^'"]+)['"]\]|\[['"]?([^\]'"]+)['"]?\]|\.?([^.\[\]]+)""")
+_STEP = re.compile(
+    r"""\.?(?:_modules|_parameters|_buffers)\[['"]([^'"]+)['"]\]|\[['"]?([^\]'"]+)['"]?\]|\.?([^.\[\]]+)"""
+)
 _WRAPPER_STEPS = frozenset({"__dict__", "_orig_mod", "_modules", "_parameters", "_buffers"})
 
 
