@@ -253,11 +253,15 @@ class GeneratedCode(NamedTuple):
 
 
 def cuda_code(
-    make: Callable[[], tuple[Any, ...]], cc: int = 90, dynamic: bool | None = None
+    make: Callable[[], tuple[Any, ...]],
+    cc: int = 90,
+    dynamic: bool | None = None,
+    compiler: Callable[[torch.fx.GraphModule, list[Any]], Any] | None = None,
 ) -> GeneratedCode:
     """Inductor's generated code on a fake device for `function(*inputs)`.
 
-    `make` returns (function, *inputs); it runs under a fake mode and makes CUDA tensors.
+    `make` returns (function, *inputs); it runs under a fake mode and makes CUDA tensors. `compiler`
+    takes Dynamo's graph to Inductor; None is Inductor's own compile_fx.
     """
     import torch._inductor.config as config
     from torch._inductor.compile_fx import compile_fx
@@ -268,12 +272,17 @@ def cuda_code(
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         arguments.append(tuple(node.name for node in gm.graph.find_nodes(op="placeholder")))
-        compile_fx(gm, inputs)
+        (compiler or compile_fx)(gm, inputs)
         outputs = len(gm.graph.output_node().args[0])
         return lambda *args: [None] * outputs  # there is nothing to run
 
-    # Constant folding would compute its constants on the device.
-    settings = {"force_disable_caches": True, "compile_threads": 1, "joint_graph_constant_folding": False}
+    # Constant folding would compute its constants on the device; padding is decided by timing there.
+    settings = {
+        "force_disable_caches": True,
+        "compile_threads": 1,
+        "joint_graph_constant_folding": False,
+        "shape_padding": False,
+    }
     torch._dynamo.reset()
     with fake_cuda(cc), config.patch(settings), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         function, *inputs = make()

@@ -1,0 +1,60 @@
+"""The whole backend on a fake GPU: an unchanged model goes in, our template comes out."""
+
+import re
+
+import pytest
+import torch
+from nogpu.fake_cuda import missing
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+from nogpu.fake_cuda import cuda_code
+
+from tests.small_models import Block
+from viditq_fx.backend import viditq_backend
+
+pytestmark = pytest.mark.slow
+WIDTH = 256
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """(generated code, report) of one DiT block in bf16."""
+    reports = []
+
+    def compiler(gm, inputs):
+        reports.append(viditq_backend(gm, inputs).report)
+
+    def make():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                model = Block(WIDTH).requires_grad_(False)
+                return model, torch.empty(2, 512, WIDTH), torch.empty(2, WIDTH)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return cuda_code(make, compiler=compiler).text, reports[0]
+
+
+def test_every_quantized_site_runs_the_template(generated):
+    _, report = generated
+    kernels = {s.fqn: s.kernel for s in report.sites if s.done}
+    assert set(kernels) == {"q", "k", "v", "out", "up", "down"}
+    assert all(kernel.startswith("triton:linear_w8a8") for kernel in kernels.values())
+    assert report.site("modulation").done is None
+
+
+def test_no_full_precision_gemm_is_left_but_the_kept_one(generated):
+    code, _ = generated
+    body = code[code.index("def call") :]
+    assert len(re.findall(r"extern_kernels\.(mm|addmm)\(", body)) == 1  # the modulation linear
+    assert len(re.findall(r"viditq|triton_tem", body)) >= 6
+
+
+def test_weights_are_inputs(generated):
+    code, _ = generated
+    assert len(re.findall(r"assert_size_stride\(arg\d+_1, \(\d+, \d+\)", code)) >= 7
+    assert "_frozen_param" not in code
+    assert "constants" not in code.split("def call")[1].split("return")[0]
