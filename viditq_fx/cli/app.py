@@ -68,14 +68,14 @@ def demo(
 
 
 def _run_demo(config: Any) -> None:
-    console = Console()
+    console, bars_console = Console(), Console(stderr=True)
     _quiet_libraries()
-    with console.status("importing torch and diffusers ..."):
+    with bars_console.status("importing torch and diffusers ..."):
         from viditq_fx.cli.progress import Bars
         from viditq_fx.cli.tables import demo_table
         from viditq_fx.demo.result import notes
         from viditq_fx.demo.run import run_demo
-    with Bars(console) as bars:
+    with Bars(bars_console) as bars:
         result = run_demo(config, progress=bars)
     console.print(demo_table(result))
     for note in notes(result):
@@ -104,6 +104,12 @@ def explain(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Glob over module paths, or role, to keep in full precision."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="keep or release the memory of full-precision weights once packed.  [default: keep]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     out: Annotated[
         Path | None,
@@ -112,11 +118,12 @@ def explain(
 ) -> None:
     """Run a model once, quantized, and show what was done at every linear and why."""
     with user_errors():
-        if scheme is not None:
-            from viditq_fx.scheme import QuantScheme
+        from viditq_fx.options import split_options
 
-            QuantScheme.parse(scheme)  # before the imports and the model, which take long
-        report = _explain(target, scheme, keep or [])
+        given = {"scheme": scheme, "keep": keep, "weights": weights}
+        options = {name: value for name, value in given.items() if value}
+        split_options(options)  # refuses wrong values now, before the imports and the model
+        report = _explain(target, options)
         if out is not None:
             from viditq_fx.demo.output import write_whole
 
@@ -128,14 +135,13 @@ def explain(
             _print_explanation(report)
 
 
-def _explain(target: str, scheme: str | None, keep: list[str]) -> ExplainReport:
+def _explain(target: str, options: dict[str, Any]) -> ExplainReport:
     from viditq_fx.cli.target import load_target
 
     _quiet_libraries()
     console = Console(stderr=True)
     with console.status(f"loading {target} ..."):
         loaded = load_target(target)
-    options = ({"scheme": scheme} if scheme else {}) | ({"keep": keep} if keep else {})
     with console.status("compiling and running it once ..."):
         from viditq_fx.inspection import explain as explain_model
 
@@ -161,7 +167,7 @@ def doctor() -> None:
         from viditq_fx.cli.tables import doctor_table
 
         console = Console()
-        with console.status("looking around ..."):
+        with Console(stderr=True).status("looking around ..."):
             findings = examine(os.environ.get("CXX"))
         console.print(doctor_table(findings))
         missing = [finding.name for finding in findings if finding.state == "missing"]

@@ -23,6 +23,7 @@ class Bars:
 
     def stage(self, title: str, total: int) -> None:
         """Begin a stage; the one before it stays in sight with its time."""
+        self._progress.start()  # only now: an error before the first stage leaves no empty bars
         self._task = self._progress.add_task(title, total=total)
 
     def advance(self) -> None:
@@ -31,10 +32,10 @@ class Bars:
         self._progress.advance(self._task)
 
     def __enter__(self) -> Bars:
-        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.__exit__(kind, error, trace)
+        if self._task is not None:
+            self._progress.stop()

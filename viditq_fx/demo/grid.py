@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from viditq_fx.demo.model import IMAGE_SIZE
@@ -64,5 +65,8 @@ def _draw_row(axes: Axes, drawn: Tensor, is_difference: bool) -> None:
         start = column * (IMAGE_SIZE + _GAP)
         strip[:, start : start + IMAGE_SIZE] = image[0]
     axes.imshow(strip.numpy(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+    for column in range(len(drawn)):  # a frame, since an image may well be all white
+        corner = (column * (IMAGE_SIZE + _GAP) - 0.5, -0.5)
+        axes.add_patch(Rectangle(corner, IMAGE_SIZE, IMAGE_SIZE, fill=False, edgecolor="#bbb", linewidth=0.6))
     axes.set_anchor("W")
     axes.axis("off")

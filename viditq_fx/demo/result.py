@@ -110,9 +110,15 @@ def fd_in_words(figures: VariantFigures, result: DemoResult) -> str:
         return "too few images for FD-digits"
     change = figures.fd_mean - base.fd_mean
     if spread is None:
-        return f"{change:+.2f} against {base.name}; one seed only, so its spread is unknown"
+        return f"{signed(change)} against {base.name}; one seed only, so its spread is unknown"
     verdict = "within" if abs(change) <= spread else "beyond"
-    return f"{change:+.2f} against {base.name}: {verdict} its seed-to-seed spread of {spread:.2f}"
+    return f"{signed(change)} against {base.name}: {verdict} its seed-to-seed spread of {spread:.1f}"
+
+
+def signed(change: float) -> str:
+    """A change with its sign, "+0.3" or "-0.3"; one that rounds to nothing has none: "0.0"."""
+    text = f"{change:+.1f}"
+    return "0.0" if float(text) == 0.0 else text
 
 
 def notes(result: DemoResult) -> list[str]:

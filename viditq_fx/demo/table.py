@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from viditq_fx.demo.result import DemoResult, VariantFigures, speed_in_words
+from viditq_fx.demo.result import DemoResult, VariantFigures, signed, speed_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def _fd(figures: VariantFigures, result: DemoResult) -> str:
             f" ± {result.fd_spread:.1f}" if result.fd_spread is not None else ""
         )
     assert result.baseline.fd_mean is not None
-    return f"{figures.fd_mean:.1f} ({figures.fd_mean - result.baseline.fd_mean:+.1f})"
+    return f"{figures.fd_mean:.1f} ({signed(figures.fd_mean - result.baseline.fd_mean)})"
 
 
 def _sites(figures: VariantFigures, result: DemoResult) -> str:

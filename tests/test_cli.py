@@ -1,0 +1,298 @@
+"""The command line: what each command prints and writes, and one clear line for every user's mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from viditq_fx.cli import doctor as doctor_module
+from viditq_fx.cli.app import app
+from viditq_fx.cli.doctor import Finding, examine
+from viditq_fx.cli.errors import user_errors
+from viditq_fx.cli.target import TargetError, load_target
+from viditq_fx.demo.config import DemoConfig, DemoError, parse_schemes
+from viditq_fx.demo.output import OutputFolder, write_whole
+from viditq_fx.errors import SchemeError
+
+TARGETS = """
+import torch
+from torch import nn
+
+class Wrong:
+    pass
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(torch.nn.functional.layer_norm(x, (64,)))))
+
+def three():
+    return nn.Sequential(nn.Linear(8, 64), Block(), nn.Linear(64, 8)), (torch.ones(40, 8),), {}
+
+def two():
+    return Block(), {"x": torch.ones(40, 64)}
+
+def one():
+    return Block()
+
+def uncallable():
+    return Wrong(), {}
+
+def swapped():
+    return Block(), {"x": 1}, ()
+
+number = 3
+"""
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command line; returns (exit code, stdout, stderr)."""
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return result.exit_code, result.stdout, result.stderr
+
+    return invoke
+
+
+@pytest.fixture
+def targets(tmp_path, monkeypatch):
+    """A folder with a module of targets, made the current one."""
+    (tmp_path / "viditq_targets.py").write_text(TARGETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("viditq_targets", None)
+
+
+def assert_one_line_error(outcome, *parts):
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("viditq: ")
+    for part in parts:
+        assert part in err
+
+
+def test_help_is_quick_because_torch_is_not_imported():
+    script = (
+        "import sys\nsys.argv = ['viditq', '--help']\nfrom viditq_fx.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert done.code in (0, None)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "explain", "doctor"):
+        assert command in done.stdout
+
+
+def test_without_typer_the_message_says_what_to_install():
+    script = "import sys\nsys.modules['typer'] = None\nfrom viditq_fx.cli import main\nmain()\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'pip install "viditq_fx[cli]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["demo", "--images", "0"], ["--images 0"]),
+        (["demo", "--images", "-5"], ["--images -5"]),
+        (["demo", "--images", "many"], ["--images"]),
+        (["demo", "--steps", "0"], ["--steps 0"]),
+        (["demo", "--seed", "-1"], ["--seed -1"]),
+        (["demo", "--schemes", "w8a8,w3a3"], ["w3a3", "w8a7"]),
+        (["demo", "--schemes", ","], ["--schemes"]),
+        (["demo", "--device", "tpu"], ["tpu", "cuda"]),
+        (["explain"], ["target"]),
+        (["explain", "digits", "--scheme", "int8"], ["int8", "w8a8"]),
+        (["explain", "digits", "--weights", "burn"], ["burn", "release"]),
+        (["explain", "nonsense"], ["nonsense", "package.module:function"]),
+        (["explain", "no_such_module_xyz:f"], ["no_such_module_xyz"]),
+        (["explain", "json:no_such_function"], ["no_such_function"]),
+        (["nonsense"], ["nonsense"]),
+        (["demo", "--nonsense"], ["--nonsense"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_error(run(*arguments), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(run, tmp_path):
+    assert_one_line_error(run("demo", "--device", "cuda", "--out", tmp_path / "out"), "--device cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_folder_that_is_a_file(run, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    assert_one_line_error(run("demo", "--out", tmp_path / "file"), "file")
+    assert_one_line_error(run("demo", "--out", tmp_path / "file" / "below"), "file")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_folder_without_permission(run, tmp_path):
+    tmp_path.chmod(0o500)
+    assert_one_line_error(run("demo", "--out", tmp_path / "out"), "Permission denied")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        write_whole(tmp_path / "table.json", b"{}")
+    assert stopped.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path, capsys):
+    def interrupted_run():
+        with user_errors(), OutputFolder(tmp_path / "a" / "b") as out:
+            out.write("grid.png", b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        interrupted_run()
+    assert stopped.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_run_keeps_a_folder_that_was_there(tmp_path):
+    (tmp_path / "table.json").write_text("old")
+
+    def failed_run():
+        with OutputFolder(tmp_path) as out:
+            out.write("table.json", b"new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failed_run()
+    assert (tmp_path / "table.json").read_text() == "old"
+    with OutputFolder(tmp_path) as out:
+        out.write("table.json", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+    assert (tmp_path / "table.json").read_text() == "new"
+
+
+def test_images_are_split_evenly_over_seeds():
+    def split(images):
+        config = DemoConfig(images=images, seed=7)
+        return config.seeds, config.images_per_seed, config.batch_size
+
+    assert split(200) == ((7, 8, 9, 10), 50, 50)
+    assert split(30) == ((7, 8, 9), 10, 10)
+    assert split(4) == ((7,), 4, 4)
+    assert split(480) == ((7, 8, 9, 10), 120, 40)
+    assert split(101) == ((7,), 101, 34)
+
+
+def test_schemes_are_read_once_each():
+    assert parse_schemes(" w8a7, W8A8,w8a7") == ("w8a7", "w8a8")
+    with pytest.raises(DemoError):
+        parse_schemes("")
+    with pytest.raises(SchemeError):
+        parse_schemes("w8a8;w8a7")
+
+
+def test_a_target_is_a_function_that_makes_a_model_and_a_call(targets):
+    loaded = load_target("viditq_targets:three")
+    assert len(loaded.args) == 1
+    assert loaded.kwargs == {}
+    assert set(load_target("viditq_targets:two").kwargs) == {"x"}
+
+
+@pytest.mark.parametrize("name", ["one", "uncallable", "swapped", "number", "missing", ""])
+def test_other_targets_are_refused(targets, name):
+    with pytest.raises(TargetError, match="TARGET"):
+        load_target(f"viditq_targets:{name}")
+
+
+def test_a_target_that_does_not_parse_is_refused(targets):
+    (targets / "viditq_broken.py").write_text("def f(:\n")
+    with pytest.raises(TargetError, match="viditq_broken"):
+        load_target("viditq_broken:f")
+
+
+@pytest.mark.slow
+def test_explain_as_a_table(run, targets):
+    options = ("--scheme", "w8a7", "--keep", "1.down", "--weights", "release")
+    code, out, _ = run("explain", "viditq_targets:three", *options)
+    assert code == 0
+    for part in ("1.up", "1.down", "w8a7", "kept by pattern '1.down'", "fewer than 32 channels"):
+        assert part in out
+    assert "still in memory: 0.00 MB" in out
+
+
+@pytest.mark.slow
+def test_explain_as_json(run, targets):
+    code, out, _ = run("explain", "viditq_targets:three", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert {"model", "schemes", "device", "sites", "totals", "rejects"} <= set(report)
+    assert report["schemes"] == ["w8a8"]
+    assert {site["fqn"]: site["outcome"] for site in report["sites"]} == {
+        "0": "kept",
+        "1.up": "quantized",
+        "1.down": "quantized",
+        "2": "kept",
+    }
+
+
+def test_explain_into_a_file(run, targets):
+    code, out, _ = run("explain", "viditq_targets:two", "--out", targets / "report.json")
+    assert (code, out) == (0, "")
+    assert json.loads((targets / "report.json").read_text())["totals"]["sites"] == 2
+    outcome = run("explain", "viditq_targets:two", "--out", targets / "none" / "report.json")
+    assert_one_line_error(outcome, "report.json", "No such file")
+
+
+def test_doctor_names_versions_kernels_and_the_compiler(run):
+    code, out, err = run("doctor")
+    names = (
+        "torch",
+        "triton",
+        "diffusers",
+        "backend",
+        "C++ compiler",
+        "oneDNN int8",
+        "w8a7 on the CPU",
+        "GPU",
+    )
+    for name in names:
+        assert name in out
+    assert code == (1 if "essential" in err else 0)
+
+
+def test_doctor_fails_without_a_compiler(run, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, out, err = run("doctor")
+    assert code == 1
+    assert "no-such-compiler" in out
+    assert "C++ compiler" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_doctor_stops_at_a_missing_torch(monkeypatch):
+    lost = Finding(name="torch", state="missing", detail="not installed")
+    monkeypatch.setattr(doctor_module, "_torch", lambda: lost)
+    assert examine(None)[-1] is lost
