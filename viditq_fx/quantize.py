@@ -99,7 +99,7 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
     chosen: dict[str, nn.Linear] = {}
     replaceable: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # its own: wrappers (LoRA) pass their layer's on
         if not isinstance(weight, nn.Parameter) or id(weight) not in plans:
             continue
         entries = [entry for _, entry in plans[id(weight)]]
