@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from nogpu.fake_cuda import missing
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import get_code
 from torch.nn import functional as F
 
 if reason := missing():
@@ -210,13 +212,17 @@ def test_declined_problem_runs_extern(monkeypatch):
 def test_cpu_runs_the_eager_reference():
     install()
     model = FeedForward(dim=32, hidden=64, dtype=torch.float32, device="cpu")
-    fill(model)
     inputs = feed_forward_inputs(model, tokens=8, device="cpu")
-    torch._dynamo.reset()
-    with kernel_log() as log, torch.no_grad(), inductor_config.patch(force_disable_caches=True):
-        got = torch.compile(model)(*inputs)
-    torch.testing.assert_close(got, model(*inputs), rtol=1e-4, atol=1e-4)
-    assert {entry.kernel for entry in log.values()} == {"eager reference"}
+
+    def backend(gm, example_inputs):
+        compile_fx(gm, example_inputs)
+        return gm
+
+    settings = {"force_disable_caches": True, "cpp.simdlen": 1}  # 1: do not probe the compiler's SIMD
+    with kernel_log() as log, torch.no_grad(), inductor_config.patch(settings):
+        (code, *_) = get_code(torch.compile(model, backend=backend), *inputs)
+    assert code.count("torch.ops.viditq.linear_w8a8.default(") == 2
+    assert [entry.kernel for entry in log.values()] == ["eager reference"] * 2
 
 
 def fill(model):
