@@ -60,7 +60,7 @@ def test_a_bad_value_spoils_its_row_and_no_other(bad):
 def test_zero_row_and_tiny_row():
     q, scale = quantize_per_token(torch.tensor([[0.0, 0.0], [1e-38, -1e-38]]), 8)
     assert torch.equal(q, torch.zeros(2, 2, dtype=torch.int8))
-    assert torch.equal(scale, torch.full((2, 1), EPS / 127))
+    assert torch.equal(scale, torch.full((2, 1), EPS * (1 / 127)))
 
 
 def test_largest_fp16_does_not_overflow():

@@ -31,9 +31,10 @@ def _check_bits(bits: int) -> None:
 def _quantize_rows(x_MK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     qmax = largest_int(bits)
     x_f32 = x_MK.to(torch.float32)
-    amax_M = x_f32.abs().amax(dim=-1, keepdim=True)
-    scale_M = torch.clamp(amax_M, min=EPS) / qmax
-    scaled = torch.round(x_f32 * (1.0 / scale_M))
+    amax_M = torch.clamp(x_f32.abs().amax(dim=-1, keepdim=True), min=EPS)
+    # Inductor recomputes both from amax in every loop that reads them: one division, not three.
+    scale_M = amax_M * (1.0 / qmax)
+    scaled = torch.round(x_f32 * (qmax / amax_M))
     finite = torch.where(scaled == scaled, scaled, torch.zeros_like(scaled))
     return torch.clamp(finite, -qmax, qmax).to(torch.int8), scale_M
 
