@@ -1,5 +1,6 @@
 """torch.compile(model, backend="viditq") as its user meets it: right numbers, clear errors, no surprises."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -330,3 +331,16 @@ def test_the_cache_key_holds_our_sources(monkeypatch):
     monkeypatch.setattr(inductor_compat, "source_digest", lambda: "edited")
     assert inductor_compat.cache_fingerprint().uuid() != first
     assert inductor_compat.cache_fingerprint(lambda graph: None).uuid() is None
+
+
+def test_each_pass_is_in_the_structured_trace(tmp_path):
+    code = (
+        "import torch; m = torch.nn.Linear(64, 64).requires_grad_(False); "
+        "torch.compile(m, backend='viditq')(torch.randn(40, 64))"
+    )
+    env = {**os.environ, "TORCH_TRACE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
+    text = "".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    for name in ("normalize", "annotate_sites", "insert_qdq", "fuse_linear", "place_weights"):
+        assert f"viditq_{name}" in text
+    assert "torch.ops.viditq.linear_w8a8.default" in text

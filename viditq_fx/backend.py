@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._logging import trace_structured
 
 from viditq_fx.errors import OptionError, StrictError
 from viditq_fx.options import CompileOptions, split_options, unknown_option
@@ -65,7 +66,7 @@ def _compile_quantized(
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
     quantized = copy_graph_module(gm)
     ctx = PassContext(scheme=ours.scheme, keep=ours.keep, report=report)
-    PassPipeline(passes=default_passes()).run(quantized, ctx)
+    PassPipeline(passes=default_passes(), observer=_trace).run(quantized, ctx)
     if ours.strict:
         _raise_refusals(report)
 
@@ -93,6 +94,15 @@ def _compile_quantized(
         full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],
         report=report,
         release_weights=ours.weights == "release",
+    )
+
+
+def _trace(name: str, gm: fx.GraphModule) -> None:
+    """Put the graph that a pass left into torch's structured trace (TORCH_TRACE), where tlparse shows it."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"viditq_{name}", "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
     )
 
 
