@@ -13,6 +13,14 @@ import typer
 from rich.console import Console
 
 from viditq_fx.cli.errors import OneLineErrors, user_errors
+from viditq_fx.demo.config import (
+    DEFAULT_IMAGES,
+    DEFAULT_STEPS,
+    QUICK_IMAGES,
+    QUICK_STEPS,
+    DemoConfig,
+    parse_schemes,
+)
 
 # torch is imported inside the commands: `viditq --help` answers at once.
 if TYPE_CHECKING:
@@ -26,17 +34,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_QUICK_IMAGES, _QUICK_STEPS = 40, 10
-_DEFAULT_IMAGES, _DEFAULT_STEPS = 200, 20
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("viditq-demo"),
     images: Annotated[
-        int | None, typer.Option(help=f"Digits to draw with each variant.  [default: {_DEFAULT_IMAGES}]")
+        int | None, typer.Option(help=f"Digits to draw with each variant.  [default: {DEFAULT_IMAGES}]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help=f"Sampling steps.  [default: {_DEFAULT_STEPS}]")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Sampling steps.  [default: {DEFAULT_STEPS}]")] = None,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     schemes: Annotated[
         str | None,
@@ -44,17 +50,15 @@ def demo(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help=f"{_QUICK_IMAGES} images and {_QUICK_STEPS} steps.")
+        bool, typer.Option("--quick", help=f"{QUICK_IMAGES} images and {QUICK_STEPS} steps.")
     ] = False,
 ) -> None:
     """Draw digits in full precision and quantized; compare pictures, speed and memory."""
     with user_errors():
-        from viditq_fx.demo.config import DemoConfig, parse_schemes
-
         if images is None:
-            images = _QUICK_IMAGES if quick else _DEFAULT_IMAGES
+            images = QUICK_IMAGES if quick else DEFAULT_IMAGES
         if steps is None:
-            steps = _QUICK_STEPS if quick else _DEFAULT_STEPS
+            steps = QUICK_STEPS if quick else DEFAULT_STEPS
         config = DemoConfig(
             out=out,
             images=images,
@@ -67,7 +71,7 @@ def demo(
         _run_demo(config)
 
 
-def _run_demo(config: Any) -> None:
+def _run_demo(config: DemoConfig) -> None:
     console, bars_console = Console(), Console(stderr=True)
     _quiet_libraries()
     with bars_console.status("importing torch and diffusers ..."):

@@ -20,7 +20,7 @@ DIFFERENCE_GAIN = 4
 _GAP = 2
 _INCHES_PER_IMAGE = 0.62
 _LABEL_INCHES = 1.75
-_TITLE_INCHES = 0.75
+_TITLE_INCHES = 0.55
 
 
 def draw_grid(images: Mapping[str, Tensor], labels: Tensor, seed: int) -> bytes:
@@ -41,7 +41,7 @@ def draw_grid(images: Mapping[str, Tensor], labels: Tensor, seed: int) -> bytes:
     left, top = _LABEL_INCHES / width, 1.0 - _TITLE_INCHES / height
     step = (top - 0.02) / len(rows)
     for index, (name, drawn, is_difference) in enumerate(rows):
-        panel = (left, top - (index + 1) * step, 1.0 - left - 0.01, step * 0.93)
+        panel = (left, top - (index + 1) * step, 1.0 - left - 0.01, step * 0.92)
         axes = figure.add_axes(panel)
         _draw_row(axes, drawn, is_difference)
         axes.text(-6, IMAGE_SIZE / 2, name, ha="right", va="center", fontsize=9)
@@ -69,4 +69,6 @@ def _draw_row(axes: Axes, drawn: Tensor, is_difference: bool) -> None:
         corner = (column * (IMAGE_SIZE + _GAP) - 0.5, -0.5)
         axes.add_patch(Rectangle(corner, IMAGE_SIZE, IMAGE_SIZE, fill=False, edgecolor="#bbb", linewidth=0.6))
     axes.set_anchor("W")
+    axes.set_xlim(-1.5, strip.shape[1] + 0.5)  # room for the outer frames
+    axes.set_ylim(IMAGE_SIZE + 0.5, -1.5)
     axes.axis("off")

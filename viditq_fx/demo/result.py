@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FORMAT_VERSION = 1
-SAME_SPEED = 0.03
+SAME_SPEED = 0.05
 """Ratios to full precision this near to 1 are called equal: the machine's noise is no smaller."""
 
 

@@ -84,12 +84,19 @@ def build_variant(name: str, load_model: ModelLoader, device: torch.device) -> V
     dtype = baseline_dtype(device)
     scheme = None if name in _DTYPE_NAMES.values() else name
     model = load_model(dtype).to(device).eval().requires_grad_(False)
+    # The embedder gives a transposed view and the blocks plain tensors: as it is, the block would be
+    # compiled twice, once for each memory layout.
+    model.get_submodule("pos_embed").register_forward_hook(_contiguous)
     for block in model.get_submodule("transformer_blocks").children():
         if scheme is None:
             block.compile()
         else:
             block.compile(backend="viditq", options={"scheme": scheme, "weights": "release"})
     return Variant(name=name, scheme=scheme, model=model, dtype=dtype, device=device)
+
+
+def _contiguous(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.contiguous()
 
 
 def compile_variant(variant: Variant, inputs: Mapping[str, Any]) -> None:
