@@ -69,7 +69,8 @@ COLUMNS = (
     ),
     Column(
         title="compile s",
-        meaning="Time of the first call, which compiles; a second run on this machine finds part of it cached.",
+        meaning="Time of the first call, which compiles the repeated block (full precision: by plain Inductor); a "
+        "second run on this machine finds part of it cached.",
         cell=lambda f, _: f"{f.compile_seconds:.1f}",
     ),
     Column(
