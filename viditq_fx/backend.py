@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from viditq_fx.errors import OptionError, StrictError
 from viditq_fx.options import CompileOptions, split_options, unknown_option

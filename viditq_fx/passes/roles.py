@@ -186,7 +186,7 @@ class _RoleFinder:
             for one, other in (operands, reversed(operands)):
                 base, up = sums.get(one) or self._unscaled(one), self._unscaled(other)
                 down = self._unscaled(linear_input(up)) if up in self.content else None
-                if base in self.content and down in self.content and self._adapts(down, base):
+                if down is not None and {base, down} <= self.content and self._adapts(down, base):
                     sums[node] = base
                     break
         return sums
