@@ -216,3 +216,17 @@ def test_any_shape(rows, depth, width, bias, seed):
     got = QuantLinear.from_linear(linear, W8A8)(x)
     bound = x.abs().amax(1, keepdim=True) * linear.weight.abs().amax(1) * depth / 100
     assert ((got - linear(x)).abs() <= bound + 1e-5).all()
+
+
+def test_many_models_of_one_class():
+    """More than Dynamo's recompile limit of eight: each is traced and quantized."""
+    for seed in range(10):
+        model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).requires_grad_(False)
+        vq.quantize_(model, (torch.randn(40, 64),))
+        assert int8_layers(model) == ["0", "2"], seed
+
+
+def test_nothing_traced_is_an_error():
+    model = tiny_dit(1)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(ViditqError, match="captured no graph"):
+        vq.quantize_(model, tiny_inputs())

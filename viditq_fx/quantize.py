@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def _trace(
 ) -> _Plans:
     """Run the model once under Dynamo; plan every linear of every graph that it captures."""
     plans: _Plans = {}
+    graphs: list[fx.GraphModule] = []
 
     def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         from viditq_fx.graph_edit import copy_graph_module
@@ -80,6 +82,7 @@ def _trace(
         ctx = PassContext(scheme=scheme, keep=keep, report=report)
         Normalize().run(annotated, ctx)
         AnnotateSites().run(annotated, ctx)
+        graphs.append(gm)
         positions = {n.name: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
         for node in annotated.graph.nodes:
             entry = ctx.sites.get(node.name)
@@ -90,8 +93,26 @@ def _trace(
         return gm.forward
 
     with torch.no_grad():
-        torch.compile(model, backend=capture)(*args, **kwargs)
+        torch.compile(_fresh_call(model), backend=capture)(*args, **kwargs)
+    if not graphs:
+        raise ViditqError(
+            "quantize_: Dynamo captured no graph of this call, so no linear was found; check that torch.compile is "
+            "not disabled (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE, torch.compiler.disable)"
+        )
     return plans
+
+
+def _fresh_call(model: nn.Module) -> Callable[..., Any]:
+    """A function that calls `model`, with code of its own.
+
+    Dynamo counts recompilations by code object and gives up after eight: the tracing must neither
+    run into that limit nor use up what the user's own torch.compile(model) has.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
 
 
 def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
