@@ -26,6 +26,7 @@ VARIANT_KEYS = {
     "step_ms",
     "step_ms_quartiles",
     "speed",
+    "speed_quartiles",
     "linear_bytes",
     "model_bytes",
     "accuracy",
@@ -70,6 +71,7 @@ def figures(name, speed, fd, **changes):
         "step_ms": 100.0 / speed,
         "step_ms_quartiles": (90.0 / speed, 120.0 / speed),
         "speed": speed,
+        "speed_quartiles": (0.97 * speed, 1.03 * speed),
         "linear_bytes": 4_000_000,
         "model_bytes": 8_000_000,
         "accuracy": 0.9,
@@ -129,8 +131,13 @@ def test_a_slower_scheme_is_called_slower(result):
     assert speed_in_words(slow, result) == "0.80x: slower than fp32 here"
     assert speed_in_words(fast, result) == "1.50x: faster than fp32 here"
     assert speed_in_words(figures("w8a8", 0.98, []), result) == "0.98x: as fast as fp32 here"
+    noisy = figures("w8a8", 0.7, [], speed_quartiles=(0.5, 1.1))
+    assert "no clear difference from fp32 here (rounds 0.50 to 1.10)" in speed_in_words(noisy, result)
     text = " ".join(notes(result))
     assert "tiny" in text
+    assert "busy" not in text
+    result.machine["load_average"] = 6.2
+    assert "load 6.2 on 2 threads" in " ".join(notes(result))
     assert "benchmarks/cpu.py" in text
     result.variants.pop()
     assert "tiny" not in " ".join(notes(result))

@@ -39,7 +39,7 @@ class DemoConfig:
     """Schemes to compare with full precision; empty for those that fit the device."""
     device: str = "auto"
     """"cpu", "cuda", or "auto": CUDA where there is one."""
-    timing_rounds: int = 9
+    timing_rounds: int = 12
     """Rounds of the timing: each times one step of every variant, in turn."""
     command: str = ""
     """The command line, for the record."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,8 +26,12 @@ Advance = Callable[[], None]
 class Timing:
     """Step time of one variant over the rounds."""
 
-    median_ms: float
-    quartiles_ms: tuple[float, float]
+    step_ms: float
+    """Median over the rounds."""
+    step_ms_quartiles: tuple[float, float]
+    speed: float
+    """Median over the rounds of the first variant's time over this one's in the same round."""
+    speed_quartiles: tuple[float, float]
 
 
 def time_in_rotation(
@@ -46,14 +50,19 @@ def time_in_rotation(
             variant.step(inputs)  # the copy of the result to the CPU waits for a GPU
             taken[variant.name].append(1e3 * (time.perf_counter() - start))
             advance()
-    return {name: _timing(times) for name, times in taken.items()}
+    return {name: _timing(times, taken[variants[0].name]) for name, times in taken.items()}
 
 
-def _timing(times: list[float]) -> Timing:
-    if len(times) < 2:
-        return Timing(median_ms=times[0], quartiles_ms=(times[0], times[0]))
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(median_ms=middle, quartiles_ms=(low, high))
+def _timing(times: list[float], base_times: list[float]) -> Timing:
+    low, middle, high = _quartiles(times)
+    slow, speed, fast = _quartiles([base / time for base, time in zip(base_times, times, strict=True)])
+    return Timing(step_ms=middle, step_ms_quartiles=(low, high), speed=speed, speed_quartiles=(slow, fast))
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return 3 * values
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def _synchronize(device: torch.device) -> None:
@@ -84,7 +93,6 @@ def gather_figures(
     reports = inspect(variants, steps[0])
     references = [variants[0].step(inputs) for inputs in steps]
     base_images = torch.cat(images[variants[0].name])
-    base_ms = timings[variants[0].name].median_ms
     gathered = []
     for variant in variants:
         drawn = images[variant.name]
@@ -94,9 +102,7 @@ def gather_figures(
             name=variant.name,
             scheme=variant.scheme,
             compile_seconds=variant.compile_seconds,
-            step_ms=timings[variant.name].median_ms,
-            step_ms_quartiles=timings[variant.name].quartiles_ms,
-            speed=base_ms / timings[variant.name].median_ms,
+            **asdict(timings[variant.name]),
             linear_bytes=_linear_bytes(variant, reports),
             model_bytes=tensor_bytes(variant.model),
             accuracy=class_accuracy(together, labels.repeat(len(drawn)), classifier),

@@ -22,7 +22,9 @@ class VariantFigures:
     """Median time of one step, after compilation."""
     step_ms_quartiles: tuple[float, float]
     speed: float
-    """Step time of full precision over this one's: 2 is twice as fast."""
+    """Step time of full precision over this one's, median of the rounds: 2 is twice as fast."""
+    speed_quartiles: tuple[float, float]
+    """Of the rounds: a difference is told only where both lie on one side of 1."""
     linear_bytes: int
     """Memory of the weights of the linears that the schemes quantize, as this variant holds them."""
     model_bytes: int
@@ -98,8 +100,11 @@ def speed_in_words(figures: VariantFigures, result: DemoResult) -> str:
     base = result.baseline.name
     if figures is result.baseline:
         return "the yardstick"
+    low, high = figures.speed_quartiles
     if abs(figures.speed - 1.0) <= SAME_SPEED:
         return f"{figures.speed:.2f}x: as fast as {base} here"
+    if low < 1.0 < high:
+        return f"{figures.speed:.2f}x: no clear difference from {base} here (rounds {low:.2f} to {high:.2f})"
     return f"{figures.speed:.2f}x: {'faster' if figures.speed > 1.0 else 'slower'} than {base} here"
 
 
@@ -133,6 +138,11 @@ def notes(result: DemoResult) -> list[str]:
                 (s["reason"] for s in figures.sites if s["kernel"] == "fp32-exact" and s["reason"]), ""
             )
             lines.append(f"{figures.name} computes its integers in fp32 GEMMs here: {reason}.")
+    load, threads = result.machine.get("load_average"), result.machine.get("threads")
+    if load and threads and load > 1.5 * threads:
+        lines.append(
+            f"The machine was busy with other work (load {load} on {threads} threads): times are rough."
+        )
     if any(figures.speed < 1.0 + SAME_SPEED for figures in result.variants[1:]):
         lines.append(
             "This model is tiny (its linears have K=128 or 512), so quantizing the inputs costs about as much as "

@@ -64,7 +64,7 @@ COLUMNS = (
     ),
     Column(
         title="speed",
-        meaning="Step time of full precision divided by this one's: above 1 is faster.",
+        meaning="Step time of full precision divided by this one's, median of the rounds: above 1 is faster.",
         cell=_speed,
     ),
     Column(
