@@ -8,8 +8,8 @@ from pathlib import Path
 from viditq_fx.errors import ViditqError
 from viditq_fx.scheme import QuantScheme
 
-DEFAULT_IMAGES, DEFAULT_STEPS = 120, 20
-"""What two CPU cores do for three variants in about three minutes, compilation included."""
+DEFAULT_IMAGES, DEFAULT_STEPS = 200, 20
+"""What two idle CPU cores do for three variants in less than three minutes, compilation included."""
 QUICK_IMAGES, QUICK_STEPS = 40, 10
 SEED_COUNTS = (4, 3, 2)
 """Into how many seeds the images are split, the first that divides them evenly."""
