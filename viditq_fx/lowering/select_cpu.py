@@ -4,13 +4,14 @@
 
 matmul is exact in every choice:
 onednn-u8    8-bit inputs with VNNI or AMX            onednn-u7    7-bit inputs on any x86 CPU
-fp32-exact   fp32 GEMMs over short slices of K, where oneDNN's int8 is absent or saturates
+fp32-exact   an fp32 GEMM of the integers where oneDNN's int8 is absent or saturates (sliced where it could round)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from viditq_fx import ops
@@ -53,7 +54,8 @@ def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
         x, x_scale, w, w_scale, bias, dtype = node.args
         with gm.graph.inserting_before(node):
             if choice.kernel == "fp32-exact":
-                acc = call(gm.graph, ops.MATMUL_S8_BY_FP32.overload, (x, w), node)
+                widened = call(gm.graph, torch.ops.aten.to.dtype, (x, torch.float32), node)
+                acc = call(gm.graph, ops.MATMUL_F32S8.overload, (widened, w), node)
             else:
                 shifted = call(gm.graph, ops.SHIFT_TO_U8.overload, (x, ZERO_POINTS[bits]), node)
                 acc = call(gm.graph, ops.MATMUL_U8S8.overload, (shifted, w, ZERO_POINTS[bits]), node)

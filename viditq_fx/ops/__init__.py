@@ -2,7 +2,7 @@
 
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
-from viditq_fx.ops.onednn import LINEAR_EPILOGUE, MATMUL_S8_BY_FP32, MATMUL_U8S8, SHIFT_TO_U8
+from viditq_fx.ops.onednn import LINEAR_EPILOGUE, MATMUL_F32S8, MATMUL_U8S8, SHIFT_TO_U8
 from viditq_fx.ops.pack import PACK_INT8, UNPACK_INT8
 from viditq_fx.ops.quantize import (
     DEQUANTIZE_PER_CHANNEL,
@@ -17,7 +17,7 @@ __all__ = [
     "LINEAR_EPILOGUE",
     "LINEAR_W8A7",
     "LINEAR_W8A8",
-    "MATMUL_S8_BY_FP32",
+    "MATMUL_F32S8",
     "MATMUL_U8S8",
     "PACK_INT8",
     "QUANTIZE_PER_CHANNEL",

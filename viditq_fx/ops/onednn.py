@@ -1,4 +1,4 @@
-"""Integer GEMM through oneDNN on a CPU: acc[m, n] = sum_k (Xu[m, k] - z) * Wq[n, k], exact.
+"""Integer GEMM on a CPU, through oneDNN or fp32: acc[m, n] = sum_k (Xu[m, k] - z) * Wq[n, k], exact.
 
 The activation is unsigned: oneDNN runs its fast kernel for u8 x s8 and, on the machines tried, a
 reference loop 10,000 times slower for s8 x s8 with this packing. z = 128 shifts 8-bit integers,
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.ops.blocked import blocked_weight
@@ -96,18 +97,41 @@ def _matmul_samples(device: torch.device) -> Iterator[Sample]:
         yield Sample(label=f"{'x'.join(map(str, batch))}-k{depth}-n{width}", args=(x, w, 64))
 
 
+def matmul_f32s8(x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    """fp32 [..., K] of integers within +-127 x int8 [N, K] -> fp32 [..., N], exact as `matmul_u8s8` is.
+
+    One fp32 GEMM where the weight itself proves it exact: with |x| <= 127 no partial sum of channel n
+    exceeds 127 * sum_k |w[n, k]|, and fp32 adds integers below 2^24 exactly in any order. Else short
+    slices of K (see `exact_int_matmul`). The weight is widened at every call: kept, it would take
+    four times its memory.
+    """
+    x_2d = x_MK.reshape(-1, x_MK.shape[-1])
+    if _one_gemm_is_exact(w_NK):
+        acc = x_2d @ w_NK.to(torch.float32).t()
+    else:
+        acc = exact_int_matmul(x_2d, w_NK).to(torch.float32)
+    return acc.reshape(*x_MK.shape[:-1], w_NK.shape[0])
+
+
+# By the weight's identity, as blocked copies are: one look at each weight, at its first call.
+_BOUNDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _one_gemm_is_exact(w_NK: Tensor) -> bool:
+    version = 0 if w_NK.is_inference() else w_NK._version
+    found = _BOUNDED.get(w_NK)
+    if found is None or found[1] != version:
+        largest = int(w_NK.to(torch.int32).abs().sum(dim=1).max()) if w_NK.numel() else 0
+        found = _BOUNDED[w_NK] = (127 * largest < 2**24, version)
+    return found[0]
+
+
 def _fp32_samples(device: torch.device) -> Iterator[Sample]:
     gen = torch.Generator(device=device).manual_seed(0)
     for batch, depth in (((2, 9), 40), ((3,), 2200)):
-        x = torch.randint(-127, 128, (*batch, depth), generator=gen, device=device, dtype=torch.int8)
+        x = torch.randint(-127, 128, (*batch, depth), generator=gen, device=device).to(torch.float32)
         w = torch.randint(-127, 128, (24, depth), generator=gen, device=device, dtype=torch.int8)
         yield Sample(label=f"k{depth}", args=(x, w))
-
-
-def matmul_s8_by_fp32(x_MK: Tensor, w_NK: Tensor) -> Tensor:
-    """int8 [..., K] x int8 [N, K] -> exact int32 [..., N] through fp32 GEMMs (see `exact_int_matmul`)."""
-    acc = exact_int_matmul(x_MK.reshape(-1, x_MK.shape[-1]), w_NK)
-    return acc.reshape(*x_MK.shape[:-1], w_NK.shape[0])
 
 
 def _epilogue_samples(device: torch.device) -> Iterator[Sample]:
@@ -137,12 +161,12 @@ MATMUL_U8S8 = register(
         samples=_matmul_samples,
     )
 )
-MATMUL_S8_BY_FP32 = register(
+MATMUL_F32S8 = register(
     QuantOp(
-        name="matmul_s8_by_fp32",
+        name="matmul_f32s8",
         schema="(Tensor x, Tensor w) -> Tensor",
-        reference=matmul_s8_by_fp32,
-        fake=None,
+        reference=matmul_f32s8,
+        fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0])),
         samples=_fp32_samples,
     )
 )
