@@ -102,7 +102,7 @@ def test_tied_to_an_embedding_is_kept_with_a_reason():
 
 def test_a_view_of_a_larger_storage_is_kept():
     base = torch.randn(128, 64)
-    assert "shared with other tensors" in (why_not_release(nn.Parameter(base[:64])) or "")
+    assert "shared with other tensors" in (why_not_release(nn.Parameter(base[:64]), ()) or "")
 
 
 def test_a_graph_that_needs_the_full_weight_says_so():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from viditq_fx.errors import ReleasedWeightError
 from viditq_fx.ops.packed_weights import is_released, packed_weight
-from viditq_fx.ops.release import release, why_not_release
+from viditq_fx.ops.release import find_owners, release, why_not_release
 from viditq_fx.report import CompileReport
 from viditq_fx.site import fqn_of_source
 
@@ -99,20 +99,22 @@ class CompiledGraph:
         return result
 
     def _release_sources(self, args: Sequence[Any]) -> None:
-        for slot in self._weights:
+        pending = [
+            s for s in self._weights if s.name not in self._refusals and not is_released(args[s.index])
+        ]
+        owners = find_owners(args[slot.index] for slot in pending) if pending else {}
+        for slot in pending:
             weight = args[slot.index]
-            if is_released(weight) or slot.name in self._refusals:
-                continue
-            reason = (
-                why_not_release(weight) if slot.frees_source else "the graph also reads it in full precision"
-            )
+            reason = "the graph also reads it in full precision"
+            if slot.frees_source:
+                reason = why_not_release(weight, owners[id(weight)])
             if reason is None:
-                release(weight, fqn_of_source(slot.name))
-            else:
-                self._refusals[slot.name] = reason
-                for entry in self.report.sites:
-                    if entry.weight == slot.name:
-                        entry.reason = f"full-precision weight kept in memory: {reason}"
+                release(weight, fqn_of_source(slot.name), owners[id(weight)])
+                continue
+            self._refusals[slot.name] = reason
+            for entry in self.report.sites:
+                if entry.weight == slot.name:
+                    entry.reason = f"full-precision weight kept in memory: {reason}"
 
 
 def wants_gradients(example_inputs: Sequence[Any]) -> bool:

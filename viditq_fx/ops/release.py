@@ -20,7 +20,7 @@ import mmap
 import os
 import sys
 import weakref
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,28 +32,39 @@ _TILE_BYTES = 16 << 20
 _MAP_FIXED = 0x10
 
 
-def why_not_release(weight: Tensor) -> str | None:
-    """Why a weight's memory cannot be given back, or None."""
+def find_owners(weights: Iterable[Tensor]) -> dict[int, list[nn.Module]]:
+    """id of each weight -> the modules that hold it as a parameter; one look at all live objects."""
+    owners: dict[int, list[nn.Module]] = {id(weight): [] for weight in weights}
+    for candidate in gc.get_objects():
+        # By type: isinstance would ask proxies and lazy modules to materialize.
+        if issubclass(type(candidate), nn.Module):
+            for parameter in candidate.__dict__.get("_parameters", {}).values():
+                if id(parameter) in owners and candidate not in owners[id(parameter)]:
+                    owners[id(parameter)].append(candidate)
+    return owners
+
+
+def why_not_release(weight: Tensor, owners: Iterable[nn.Module]) -> str | None:
+    """Why a weight's memory cannot be given back, or None; `owners` are the modules that hold it."""
     if weight.device.type not in {"cpu", "cuda"}:
         return f"weights on {weight.device.type} cannot be released"
     if weight.device.type == "cpu" and not sys.platform.startswith("linux"):
         return "releasing CPU weights needs Linux"
     if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
         return "its memory is shared with other tensors (a view of a larger storage)"
-    readers = [type(m).__name__ for m in _owners(weight) if not isinstance(m, nn.Linear)]
+    readers = [type(m).__name__ for m in owners if not isinstance(m, nn.Linear)]
     if readers:
         return f"tied: also read by {', '.join(sorted(set(readers)))}"
     return None
 
 
-def release(weight: Tensor, name: str) -> None:
+def release(weight: Tensor, name: str, owners: Iterable[nn.Module]) -> None:
     """Give back the memory of a packed weight; call `why_not_release` first.
 
     Raises OSError when the address space cannot be mapped; the weight is then untouched.
     """
     if is_released(weight):
         return
-    owners = _owners(weight)
     with torch.no_grad():
         if weight.device.type == "cpu":
             weight.data = _nan_tensor(weight)
@@ -62,28 +73,6 @@ def release(weight: Tensor, name: str) -> None:
     mark_released(weight)
     for module in owners:
         _guard(module, weight, name)
-
-
-def _owners(weight: Tensor) -> list[nn.Module]:
-    """Modules that hold the parameter, found by identity."""
-    found = []
-    for candidate in gc.get_referrers(weight):
-        if isinstance(candidate, dict):
-            for holder in gc.get_referrers(candidate):
-                module = _module_of(holder, candidate)
-                if module is not None and module not in found:
-                    found.append(module)
-    return found
-
-
-def _module_of(holder: Any, parameters: dict[str, Any]) -> nn.Module | None:
-    if isinstance(holder, nn.Module) and holder.__dict__.get("_parameters") is parameters:
-        return holder
-    if isinstance(holder, dict) and holder.get("_parameters") is parameters:
-        for module in gc.get_referrers(holder):
-            if isinstance(module, nn.Module) and module.__dict__ is holder:
-                return module
-    return None
 
 
 def _guard(module: nn.Module, weight: Tensor, name: str) -> None:
