@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ def _dit_inputs(draw: Draw) -> dict[str, Any]:
 
 
 def _pixart(layers: int) -> dict[str, Any]:
-    config = {"cross_attention_dim": WIDTH, "caption_channels": _TEXT, "use_additional_conditions": False}
-    return {key: value for key, value in _dit(layers).items() if key != "norm_num_groups"} | config
+    config = {"in_channels": 4, "out_channels": 8, "num_layers": layers, "sample_size": 8, "patch_size": 2}
+    config |= {"cross_attention_dim": WIDTH, "caption_channels": _TEXT, "num_embeds_ada_norm": 1000}
+    return _HEADS | config | {"use_additional_conditions": False}
 
 
 def _pixart_inputs(draw: Draw) -> dict[str, Any]:
@@ -325,133 +327,64 @@ def _stable_audio_inputs(draw: Draw) -> dict[str, Any]:
     }
 
 
+_ROLES: dict[str, Callable[[int], Counts]] = {
+    "dit": lambda n: _counts(qkv=n, out=n, up=n, down=n, cond=3 * n + 1, stem=0),
+    "pixart_sigma": lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=3, stem=2),
+    "latte": lambda n: _counts(qkv=3 * n, out=3 * n, up=2 * n, down=2 * n, cond=3, stem=2),
+    "hunyuandit": lambda n: _counts(
+        qkv=4 * n, out=4 * n, up=2 * n, down=2 * n, cond=2 * n + 5, stem=2, other=n
+    ),
+    "sd3": lambda n: _counts(qkv=2 * n, out=2 * n - 1, up=2 * n - 1, down=2 * n - 1, cond=2 * n + 5, stem=1),
+    "qwenimage": lambda n: _counts(
+        qkv=2 * n, out=2 * n - 1, up=2 * n - 1, down=2 * n - 1, cond=2 * n + 3, stem=2
+    ),
+    "cogvideox": lambda n: _counts(qkv=n, out=n, up=n, down=n, cond=2 * n + 3, stem=1),
+    "mochi": lambda n: _counts(
+        qkv=2 * n, out=2 * n - 1, up=2 * n - 1, down=2 * n - 1, cond=2 * n + 5, stem=1, kv=1
+    ),
+    "hunyuanvideo": lambda n: _counts(
+        qkv=3 * n + 1, out=2 * n + 1, up=3 * n + 1, down=2 * n + 1, cond=3 * n + 12, stem=1, both=n
+    ),
+    "flux_dev": lambda n: _counts(qkv=3 * n, out=2 * n, up=3 * n, down=2 * n, cond=3 * n + 7, stem=2, both=n),
+    "wan": lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=3, stem=2),
+    "ltx": lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=3, stem=3),
+    "cosmos": lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=6 * n + 4, stem=1),
+    "sana": lambda n: _counts(qkv=n, out=2 * n, up=n, down=n, cond=3, stem=3, other=3 * n),
+    "lumina2": lambda n: _counts(qkv=n + 2, out=n + 2, up=2 * n + 4, down=n + 2, cond=n + 3, stem=2),
+    "zimage": lambda n: _counts(qkv=n + 2, out=n + 2, up=2 * n + 4, down=n + 2, cond=n + 4, stem=2),
+    "stable_audio": lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=4, stem=4, head=2),
+}
+"""Layers -> linears by role."""
+
+
+def _entry(
+    name: str,
+    class_name: str,
+    config: Callable[[int], dict[str, Any]],
+    inputs: Callable[[Draw], dict[str, Any]],
+    **options: Any,
+) -> TinyDit:
+    return TinyDit(
+        name=name, class_name=class_name, config=config, inputs=inputs, roles=_ROLES[name], **options
+    )
+
+
 ENTRIES = (
-    TinyDit(
-        name="dit",
-        class_name="DiTTransformer2DModel",
-        config=_dit,
-        inputs=_dit_inputs,
-        roles=lambda n: _counts(qkv=n, out=n, up=n, down=n, cond=3 * n + 1, stem=0),
-    ),
-    TinyDit(
-        name="pixart_sigma",
-        class_name="PixArtTransformer2DModel",
-        config=_pixart,
-        inputs=_pixart_inputs,
-        roles=lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=3, stem=2),
-    ),
-    TinyDit(
-        name="latte",
-        class_name="LatteTransformer3DModel",
-        config=_latte,
-        inputs=_latte_inputs,
-        roles=lambda n: _counts(qkv=3 * n, out=3 * n, up=2 * n, down=2 * n, cond=3, stem=2),
-    ),
-    TinyDit(
-        name="hunyuandit",
-        class_name="HunyuanDiT2DModel",
-        config=_hunyuandit,
-        inputs=_hunyuandit_inputs,
-        roles=lambda n: _counts(qkv=4 * n, out=4 * n, up=2 * n, down=2 * n, cond=2 * n + 5, stem=2, other=n),
-    ),
-    TinyDit(
-        name="sd3",
-        class_name="SD3Transformer2DModel",
-        config=_sd3,
-        inputs=_sd3_inputs,
-        roles=lambda n: _counts(
-            qkv=2 * n, out=2 * n - 1, up=2 * n - 1, down=2 * n - 1, cond=2 * n + 5, stem=1
-        ),
-    ),
-    TinyDit(
-        name="qwenimage",
-        class_name="QwenImageTransformer2DModel",
-        config=_qwenimage,
-        inputs=_qwenimage_inputs,
-        roles=lambda n: _counts(
-            qkv=2 * n, out=2 * n - 1, up=2 * n - 1, down=2 * n - 1, cond=2 * n + 3, stem=2
-        ),
-    ),
-    TinyDit(
-        name="cogvideox",
-        class_name="CogVideoXTransformer3DModel",
-        config=_cogvideox,
-        inputs=_cogvideox_inputs,
-        roles=lambda n: _counts(qkv=n, out=n, up=n, down=n, cond=2 * n + 3, stem=1),
-    ),
-    TinyDit(
-        name="mochi",
-        class_name="MochiTransformer3DModel",
-        config=_mochi,
-        inputs=_masked_video_inputs,
-        roles=lambda n: _counts(
-            qkv=2 * n, out=2 * n - 1, up=2 * n - 1, down=2 * n - 1, cond=2 * n + 5, stem=1, kv=1
-        ),
-    ),
-    TinyDit(
-        name="hunyuanvideo",
-        class_name="HunyuanVideoTransformer3DModel",
-        config=_hunyuanvideo,
-        inputs=_hunyuanvideo_inputs,
-        roles=lambda n: _counts(
-            qkv=3 * n + 1, out=2 * n + 1, up=3 * n + 1, down=2 * n + 1, cond=3 * n + 12, stem=1, both=n
-        ),
-    ),
-    TinyDit(
-        name="flux_dev",
-        class_name="FluxTransformer2DModel",
-        config=_flux,
-        inputs=_flux_inputs,
-        roles=lambda n: _counts(qkv=3 * n, out=2 * n, up=3 * n, down=2 * n, cond=3 * n + 7, stem=2, both=n),
-    ),
-    TinyDit(
-        name="wan",
-        class_name="WanTransformer3DModel",
-        config=_wan,
-        inputs=_wan_inputs,
-        roles=lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=3, stem=2),
-    ),
-    TinyDit(
-        name="ltx",
-        class_name="LTXVideoTransformer3DModel",
-        config=_ltx,
-        inputs=_ltx_inputs,
-        roles=lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=3, stem=3),
-    ),
-    TinyDit(
-        name="cosmos",
-        class_name="CosmosTransformer3DModel",
-        config=_cosmos,
-        inputs=_cosmos_inputs,
-        prepare=without_torchvision,
-        roles=lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=6 * n + 4, stem=1),
-    ),
-    TinyDit(
-        name="sana",
-        class_name="SanaTransformer2DModel",
-        config=_sana,
-        inputs=_sana_inputs,
-        roles=lambda n: _counts(qkv=n, out=2 * n, up=n, down=n, cond=3, stem=3, other=3 * n),
-    ),
-    TinyDit(
-        name="lumina2",
-        class_name="Lumina2Transformer2DModel",
-        config=_lumina2,
-        inputs=_lumina2_inputs,
-        roles=lambda n: _counts(qkv=n + 2, out=n + 2, up=2 * n + 4, down=n + 2, cond=n + 3, stem=2),
-    ),
-    TinyDit(
-        name="zimage",
-        class_name="ZImageTransformer2DModel",
-        config=_zimage,
-        inputs=_zimage_inputs,
-        roles=lambda n: _counts(qkv=n + 2, out=n + 2, up=2 * n + 4, down=n + 2, cond=n + 4, stem=2),
-    ),
-    TinyDit(
-        name="stable_audio",
-        class_name="StableAudioDiTModel",
-        config=_stable_audio,
-        inputs=_stable_audio_inputs,
-        roles=lambda n: _counts(qkv=2 * n, out=2 * n, up=n, down=n, cond=4, stem=4, head=2),
-    ),
+    _entry("dit", "DiTTransformer2DModel", _dit, _dit_inputs),
+    _entry("pixart_sigma", "PixArtTransformer2DModel", _pixart, _pixart_inputs),
+    _entry("latte", "LatteTransformer3DModel", _latte, _latte_inputs),
+    _entry("hunyuandit", "HunyuanDiT2DModel", _hunyuandit, _hunyuandit_inputs),
+    _entry("sd3", "SD3Transformer2DModel", _sd3, _sd3_inputs),
+    _entry("qwenimage", "QwenImageTransformer2DModel", _qwenimage, _qwenimage_inputs),
+    _entry("cogvideox", "CogVideoXTransformer3DModel", _cogvideox, _cogvideox_inputs),
+    _entry("mochi", "MochiTransformer3DModel", _mochi, _masked_video_inputs),
+    _entry("hunyuanvideo", "HunyuanVideoTransformer3DModel", _hunyuanvideo, _hunyuanvideo_inputs),
+    _entry("flux_dev", "FluxTransformer2DModel", _flux, _flux_inputs),
+    _entry("wan", "WanTransformer3DModel", _wan, _wan_inputs),
+    _entry("ltx", "LTXVideoTransformer3DModel", _ltx, _ltx_inputs),
+    _entry("cosmos", "CosmosTransformer3DModel", _cosmos, _cosmos_inputs, prepare=without_torchvision),
+    _entry("sana", "SanaTransformer2DModel", _sana, _sana_inputs),
+    _entry("lumina2", "Lumina2Transformer2DModel", _lumina2, _lumina2_inputs),
+    _entry("zimage", "ZImageTransformer2DModel", _zimage, _zimage_inputs),
+    _entry("stable_audio", "StableAudioDiTModel", _stable_audio, _stable_audio_inputs),
 )
