@@ -14,7 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.slow
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_snippet_runs(snippet, tmp_path):
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "sites quantized (w8a8)" in done.stdout
 
