@@ -15,7 +15,7 @@ from tests.models.tiny_dits import TINY_DITS, sqnr
 
 MIN_SQNR = 30.0
 # Classes that name their blocks for compile_repeated_blocks, and how many graphs those make.
-REPEATED = {"flux_dev": 3, "wan": 1, "qwenimage": 2}
+REPEATED = {"flux_dev": 3, "wan": 1}
 # Classes that do not: their blocks are compiled one by one.
 UNNAMED = ("pixart_sigma", "sd3", "mochi", "lumina2", "sana")
 
