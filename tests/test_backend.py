@@ -49,6 +49,7 @@ def test_close_to_fp32(scheme, grad_mode):
     assert 0 < relative_error(got, want) < ERROR * (1 if scheme == "w8a8" else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     model, inputs = tiny_dit(1), tiny_inputs()
@@ -60,6 +61,7 @@ def test_half_precision(dtype):
     assert relative_error(got, want) < 2 * ERROR
 
 
+@pytest.mark.slow
 def test_autocast():
     model, inputs = tiny_dit(1), tiny_inputs()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -70,6 +72,7 @@ def test_autocast():
     assert relative_error(got, want) < 2 * ERROR
 
 
+@pytest.mark.slow
 def test_module_compile_method_and_second_shape():
     model = tiny_dit(1)
     want = {n: model(*tiny_inputs(tokens=n)) for n in (40, 56, 33)}
@@ -79,6 +82,7 @@ def test_module_compile_method_and_second_shape():
             assert relative_error(model(*tiny_inputs(tokens=tokens)), reference) < ERROR
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_compile_once():
     model = tiny_dit(1)
     call = compiled(model, dynamic=True, fullgraph=True)
@@ -114,6 +118,7 @@ def test_a_row_of_nan_stays_in_its_sample():
     assert torch.equal(torch.isnan(got), torch.isnan(want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 def test_non_contiguous_inputs(layout):
     base = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3))
@@ -333,6 +338,7 @@ def test_the_cache_key_holds_our_sources(monkeypatch):
     assert inductor_compat.cache_fingerprint(lambda graph: None).uuid() is None
 
 
+@pytest.mark.slow
 def test_each_pass_is_in_the_structured_trace(tmp_path):
     code = (
         "import torch; m = torch.nn.Linear(64, 64).requires_grad_(False); "

@@ -225,11 +225,13 @@ def test_generated_code(name, dynamic):
     compiled = compile_whole(dit, model, dynamic=dynamic)
     for size in (1, 3) if dynamic else (1,):
         kwargs = dit.make_inputs(size=size)
-        output = dit.run(compiled, kwargs)
-        assert sqnr(dit.run(model, kwargs), output) >= MIN_SQNR
+        reference, output = dit.run(model, kwargs), dit.run(compiled, kwargs)
+        assert sqnr(reference, output) >= MIN_SQNR
     report = viditq_fx.explain(compiled, **kwargs)
     assert graph_count() == 1
     assert roles_of(report) == dit.roles(1)
-    assert (
-        sqnr(dit.run(quantized_by_hand(model, report), kwargs), output) >= 45
-    )  # sums in another order flip integers
+    # Generated code adds in another order, and an integer at the edge flips: moving flux_dev's inputs by
+    # 1e-7 moves its eager int8 output by 47 dB. So the two differ, but as far from fp32 they must be alike.
+    by_hand = dit.run(quantized_by_hand(model, report), kwargs)
+    assert sqnr(by_hand, output) >= 45
+    assert abs(sqnr(reference, by_hand) - sqnr(reference, output)) < 1
