@@ -95,7 +95,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def targets(gm: fx.GraphModule) -> list[str]:
     """Bare names of what a graph calls, in order, without getitem."""
-    from viditq_fx.passes.dataflow import op_name
+    from viditq_fx.passes.effects import op_name
 
     return [
         op_name(n)

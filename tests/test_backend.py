@@ -285,8 +285,11 @@ def test_inductor_options_and_mode_reach_inductor():
 
 def test_meta_weight_is_refused_not_crashed():
     model = nn.Linear(64, 64, device="meta").requires_grad_(False)
-    with torch.no_grad(), pytest.raises((WeightError, RuntimeError, BackendCompilerFailed), match="meta"):
-        compiled(model)(torch.randn(40, 64))
+    x, call = torch.randn(40, 64), compiled(model)
+    with torch.no_grad(), pytest.raises(Exception) as plain:  # noqa: PT011 - torch's own refusal, whatever it is
+        torch.compile(model, backend="inductor")(x)
+    with torch.no_grad(), pytest.raises(type(plain.value), match="meta"):
+        call(x)
 
 
 def test_weight_with_nan_is_a_clear_error():
@@ -350,3 +353,48 @@ def test_each_pass_is_in_the_structured_trace(tmp_path):
     for name in ("normalize", "annotate_sites", "insert_qdq", "fuse_linear", "place_weights"):
         assert f"viditq_{name}" in text
     assert "torch.ops.viditq.linear_w8a8.default" in text
+
+
+def test_a_pattern_that_names_nothing_is_told():
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match=r"keep='blocks\.7\.\*' names none of the \d+ linears"),
+    ):
+        compiled(tiny_dit(1), options={"keep": ["blocks.7.*", "blocks.0.q"]})(*tiny_inputs())
+
+
+def test_patterns_reach_into_a_block_compiled_alone():
+    model, inputs = tiny_dit(1), tiny_inputs()
+    model.blocks[0].compile(backend="viditq", options={"keep": ["*.q", "ffn.*"]})
+    with torch.no_grad(), executions() as ran:
+        model(*inputs)
+    kept = {site.fqn for site in ran[0].report.sites if "kept by pattern" in (site.reason or "")}
+    assert kept == {"q", "up", "down"}
+
+
+def test_a_global_pass_of_the_user_still_runs():
+    seen = []
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=lambda graph: seen.append(len(graph.nodes))):
+        with torch.no_grad():
+            compiled(nn.Linear(64, 64))(torch.randn(40, 64))
+    assert len(seen) == 1
+
+
+def test_linears_that_run_eagerly_are_listed():
+    import viditq_fx as vq
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.b.forward = torch.compiler.disable(self.b.forward)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    report = vq.explain(compiled(Half().requires_grad_(False)), torch.randn(40, 64))
+    assert [site.fqn for site in report.sites] == ["a"]
+    assert report.unseen == ["b"]
+    assert "1 linears are in no compiled graph" in str(report)
+    with pytest.raises(OptionError, match="did you mean 'scheme'"):
+        vq.explain(Half(), torch.randn(40, 64), options={"shceme": "w8a8"})

@@ -28,8 +28,7 @@ def viditq_backend(
     Raises OptionError or SchemeError for a wrong option, StrictError for a refusal under
     `strict=True`. A graph that wants gradients is compiled by plain Inductor, with a Reject.
     """
-    ours, theirs = split_options(options)
-    inductor = _inductor(mode or ours.mode, theirs)
+    ours, inductor = read_options(options, mode)
     report = CompileReport(scheme=str(ours.scheme), device=_device(example_inputs))
     # Imported late: Dynamo loads this module to look the backend up, also for other backends.
     from viditq_fx.runtime import CompiledGraph, wants_gradients
@@ -69,6 +68,7 @@ def _compile_quantized(
     PassPipeline(passes=default_passes(), observer=_trace).run(quantized, ctx)
     if ours.strict:
         _raise_refusals(report)
+    _warn_unmatched(ours.keep, report)
 
     positions = {node.name: index for index, node in enumerate(original)}
     values: list[Any] = []
@@ -95,6 +95,17 @@ def _compile_quantized(
         report=report,
         release_weights=ours.weights == "release",
     )
+
+
+def _warn_unmatched(keep: tuple[str, ...], report: CompileReport) -> None:
+    from viditq_fx.passes.policy import unmatched
+
+    for pattern in unmatched(keep, report.sites) if report.sites else ():
+        warnings.warn(
+            f"viditq: keep={pattern!r} names none of the {len(report.sites)} linears of this graph; paths are "
+            f"relative to what is compiled (a block, under regional compilation), e.g. {report.sites[-1].fqn!r}",
+            stacklevel=2,
+        )
 
 
 def _trace(name: str, gm: fx.GraphModule) -> None:
@@ -134,6 +145,15 @@ def _parameters(gm: fx.GraphModule) -> list[tuple[int, str]]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     names = _source_names(placeholders)
     return [(i, names[i]) for i, node in enumerate(placeholders) if is_parameter(node)]
+
+
+def read_options(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[CompileOptions, Any]:
+    """Our options, and Inductor's compiler object that holds the rest.
+
+    Raises OptionError (SchemeError for a scheme) for what neither knows or for a value of a wrong type.
+    """
+    ours, theirs = split_options(options)
+    return ours, _inductor(mode or ours.mode, theirs)
 
 
 def _inductor(mode: str | None, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from viditq_fx.backend import read_options
 from viditq_fx.errors import ViditqError
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
 from viditq_fx.quant_linear import QuantLinear
@@ -50,6 +51,8 @@ class ExplainReport:
     sites: list[ExplainedSite] = field(default_factory=list)
     rejects: list[str] = field(default_factory=list)
     passes: list[PassTrace] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    """Linears of the model that no compiled graph runs: dead for this input, or run eagerly."""
     model_bytes: int = 0
     """Bytes of memory of the model's parameters and buffers and of all packed weights now."""
     model_bytes_before: int = 0
@@ -96,8 +99,10 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
 
     `model` is a compiled model (torch.compile with backend="viditq", also regionally), or a plain
     module, which is then compiled with `options`. What is reported is what ran: the graphs tell.
-    Raises ViditqError when no viditq graph ran, or `options` is given for a compiled model.
+    Raises OptionError for a wrong option, ViditqError when no viditq graph ran or `options`
+    is given for a compiled model.
     """
+    read_options(options)  # a wrong option is an error of ours, not one wrapped by torch.compile
     compiled = model
     if isinstance(model, nn.Module) and not _is_compiled(model):
         compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
@@ -145,7 +150,16 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
     if isinstance(module, nn.Module):
         report.model_bytes, report.model_bytes_before = _model_bytes(module)
         _fill_quant_linears(module, report)
+        report.unseen = _unseen(module, report)
     return report
+
+
+def _unseen(module: nn.Module, report: ExplainReport) -> list[str]:
+    covered = {site.fqn for site in report.sites}
+    opaque = tuple(site.fqn + "." if site.fqn else "" for site in report.sites if site.width == 0)
+    names = ((site_name(name), layer) for name, layer in module.named_modules())
+    linears = (name for name, layer in names if isinstance(layer, nn.Linear | QuantLinear))
+    return [name for name in linears if name not in covered and not (opaque and name.startswith(opaque))]
 
 
 def _names(module: nn.Module) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
 
+_SHOWN = 6
 _HEADER = ("site", "role", "MxKxN", "outcome", "kernel", "weight", "why")
 
 
@@ -41,6 +42,12 @@ def summary_lines(report: ExplainReport) -> list[str]:
             f"{megabytes(report.model_bytes)} now ({ratio:.2f}x)"
         )
     lines += [f"refused: {reason}" for reason in report.rejects]
+    if report.unseen:
+        shown = ", ".join(report.unseen[:_SHOWN]) + (", ..." if len(report.unseen) > _SHOWN else "")
+        lines.append(
+            f"{len(report.unseen)} linears are in no compiled graph (dead for this input, or run eagerly after a "
+            f"graph break): {shown}"
+        )
     return lines
 
 

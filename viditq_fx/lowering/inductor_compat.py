@@ -236,6 +236,13 @@ def wide_persistent_reductions(limit: int = 16384) -> AbstractContextManager[Non
     return V.set_choices_handler(WidePersistentReductions())
 
 
+def configured(name: str) -> Any:
+    """The value of an option in torch's global `torch._inductor.config`."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
 def cache_fingerprint(inner: Any = None) -> Any:
     """A custom pass that changes nothing and puts this package's sources into Inductor's cache keys.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from viditq_fx.lowering.inductor_compat import cache_fingerprint, wide_persistent_reductions
+from viditq_fx.lowering.inductor_compat import cache_fingerprint, configured, wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
 from viditq_fx.lowering.select_cpu import KernelChoice, integer_linears, select_cpu_kernels
@@ -38,7 +38,8 @@ def compile_with_kernels(gm: fx.GraphModule, example_inputs: Sequence[Any], indu
     `inductor` is torch's own compiler object, which holds the user's Inductor options.
     """
     by_node = select_cpu_kernels(gm)
-    inductor.config[_PASS_OPTION] = cache_fingerprint(inductor.config.get(_PASS_OPTION))
+    theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
+    inductor.config[_PASS_OPTION] = cache_fingerprint(theirs)
     if not integer_linears(gm):
         return Compiled(run=inductor(gm, example_inputs), by_node=by_node)
     install()

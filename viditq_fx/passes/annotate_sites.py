@@ -11,8 +11,10 @@ from torch import fx
 
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.dataflow import is_parameter, op_name, source_name
-from viditq_fx.passes.policy import reason_to_keep
+from viditq_fx.passes.dataflow import DataFlow, is_parameter, source_name
+from viditq_fx.passes.effects import op_name, write_roots
+from viditq_fx.passes.opaque import why_opaque
+from viditq_fx.passes.policy import keeps, reason_to_keep
 from viditq_fx.passes.roles import find_roles, is_pointwise_conv, linear_input
 from viditq_fx.report import SiteReport
 from viditq_fx.site import Site, fqn_of_source
@@ -30,19 +32,23 @@ class AnnotateSites(Pass):
     changes_numerics: ClassVar[bool] = False
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
-        roles = find_roles(gm.graph)
+        flow, written = DataFlow(gm.graph), write_roots(gm.graph)
+        roles = find_roles(gm.graph, flow)
         results: list[Match | Reject] = []
         for node in gm.graph.nodes:
-            if op_name(node) == "multi_head_attention_forward":
-                results.append(_opaque_attention(node, ctx))
-            if node not in roles or node.name in ctx.sites:
+            if node.name in ctx.sites:
+                continue
+            hidden = why_opaque(node)
+            if hidden is not None and flow.is_content(node):
+                results.append(_opaque_site(node, hidden, ctx))
+            if node not in roles:
                 continue
             site = Site(fqn_of_node(node))
             node.meta[SITE_KEY] = site
             entry = _describe(node, roles[node])
             ctx.sites[node.name] = entry
             ctx.report.sites.append(entry)
-            results.append(_plan(node, site, entry, ctx))
+            results.append(_plan(node, site, entry, ctx, written))
         return tuple(results)
 
 
@@ -73,7 +79,7 @@ def _rows(tensor: torch.Tensor) -> tuple[str, int | None]:
 def _describe(node: fx.Node, role: str) -> SiteReport:
     weight = _weight_node(node)
     value = example(weight) if weight is not None else None
-    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else (0, 0)
+    shape = tuple(value.shape) if isinstance(value, torch.Tensor) and value.dim() >= 2 else (0, 0)
     rows, _ = _rows(example(linear_input(node)))
     if is_pointwise_conv(node):
         rows = str(example(node).numel() // example(node).shape[1])
@@ -94,7 +100,9 @@ def _weight_node(node: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) else None
 
 
-def _plan(node: fx.Node, site: Site, entry: SiteReport, ctx: PassContext) -> Match | Reject:
+def _plan(
+    node: fx.Node, site: Site, entry: SiteReport, ctx: PassContext, written: set[fx.Node]
+) -> Match | Reject:
     if op_name(node).startswith("linear_w"):
         entry.planned = entry.done = op_name(node).removeprefix("linear_")
         entry.bytes_packed, entry.bytes_full = entry.bytes_full + 4 * entry.width, 0
@@ -103,19 +111,21 @@ def _plan(node: fx.Node, site: Site, entry: SiteReport, ctx: PassContext) -> Mat
     reason = reason_to_keep(entry, None if is_pointwise_conv(node) else rows, ctx.keep)
     if reason is None:
         entry.planned = str(ctx.scheme)
-        reason = _why_impossible(node)
+        reason = _why_impossible(node, written)
     if reason is not None:
         entry.reason = reason
         return Reject(site=site, reason=reason)
     return Match(site=site, detail=entry.role)
 
 
-def _why_impossible(node: fx.Node) -> str | None:
+def _why_impossible(node: fx.Node, written: set[fx.Node]) -> str | None:
     if is_pointwise_conv(node):
         return "pointwise convolution: only linears over the last dimension are quantized"
     weight = _weight_node(node)
     if weight is None or not is_parameter(weight):
         return "its weight is computed in the graph, not a parameter: it cannot be packed once"
+    if weight in written:
+        return "its weight is written inside the graph: what is packed beforehand would be out of date"
     value, source = example(weight), example(linear_input(node))
     if value.dtype not in _FLOATS:
         return f"weight dtype {value.dtype}: only fp32, bf16 and fp16 weights are packed"
@@ -128,11 +138,15 @@ def _why_impossible(node: fx.Node) -> str | None:
     return None
 
 
-def _opaque_attention(node: fx.Node, ctx: PassContext) -> Reject:
+def _opaque_site(node: fx.Node, reason: str, ctx: PassContext) -> Reject:
+    """A line in the report for GEMMs that no pass can see into: refused, unless the user keeps them."""
     site = Site(fqn_of_node(node))
-    reason = "F.multi_head_attention_forward hides its four projections in one call"
-    if node.name not in ctx.sites:
-        entry = SiteReport(fqn=site.fqn, role="other", rows="", depth=0, width=0, reason=reason)
-        ctx.sites[node.name] = entry
-        ctx.report.sites.append(entry)
-    return Reject(site=site, reason=reason)
+    entry = SiteReport(fqn=site.fqn, role="other", rows="", depth=0, width=0, reason=reason)
+    kept = next((pattern for pattern in ctx.keep if keeps(pattern, entry)), None)
+    if kept is None:
+        entry.planned = str(ctx.scheme)
+    else:
+        entry.reason = f"kept by pattern {kept!r}"
+    ctx.sites[node.name] = entry
+    ctx.report.sites.append(entry)
+    return Reject(site=site, reason=entry.reason or reason)

@@ -8,7 +8,6 @@ on y's values. Both matter to every question about roles.
 from __future__ import annotations
 
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from enum import Flag, auto
@@ -19,16 +18,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.effects import aliased_chain, op_name, written_inputs
 
 _METADATA_ONLY = frozenset(
     {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"}
     | {"new_empty", "new_full", "new_tensor", "size", "dim", "stride", "numel"}
 )
 _FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
-_VIEWS = frozenset(
-    {"view", "reshape", "unflatten", "flatten", "transpose", "permute", "chunk", "split", "unbind", "getitem"}
-    | {"squeeze", "unsqueeze", "narrow", "expand", "contiguous", "t", "movedim", "select", "tensor_split"}
-)
 
 
 class Taint(Flag):
@@ -41,17 +37,8 @@ class Taint(Flag):
     STRUCTURE = auto()
     """Masks, positions, token types."""
     CONTENT = auto()
-
-
-def op_name(node: fx.Node) -> str:
-    """Bare name of what a node calls: "linear", "scaled_dot_product_attention", "add_", ..."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    packet = getattr(target, "_overloadpacket", None)
-    if packet is not None:
-        return packet.__name__
-    return getattr(target, "__name__", str(target))
+    PROJECTED = auto()
+    """Content that has passed a linear: a sinusoid of it is an activation, not an embedding of positions."""
 
 
 def is_parameter(node: fx.Node) -> bool:
@@ -80,17 +67,10 @@ class DataFlow:
         self.nodes = tuple(graph.nodes)
         self._written: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
-            if is_mutation(node) and node.args and isinstance(node.args[0], fx.Node):
-                self._add_write(node.args[0], node)
+            for target in written_inputs(node):
+                for written in aliased_chain(target):
+                    self._written[written].append(node)
         self.taint = self._propagate()
-
-    def _add_write(self, target: fx.Node, write: fx.Node) -> None:
-        while True:
-            self._written[target].append(write)
-            views_of = op_name(target) in _VIEWS and target.args and isinstance(target.args[0], fx.Node)
-            if not views_of:
-                return
-            target = target.args[0]  # type: ignore[assignment]
 
     def inputs(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Nodes whose values `node`'s value depends on, writes into it included."""
@@ -119,19 +99,6 @@ class DataFlow:
         return Taint.CONTENT in self.taint[node]
 
 
-def is_mutation(node: fx.Node) -> bool:
-    """Whether a node writes into its first argument."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    if node.target is operator.setitem:
-        return True
-    name = op_name(node)
-    return (name.endswith("_") and not name.endswith("__")) or name in {"iadd", "isub", "imul", "itruediv"}
-
-
 def _batch_size(nodes: tuple[fx.Node, ...]) -> object:
     """First dimension of the first content-shaped placeholder; None when there is none."""
     for node in nodes:
@@ -142,17 +109,21 @@ def _batch_size(nodes: tuple[fx.Node, ...]) -> object:
     return None
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal, without asking in a way that adds a guard to the compiled graph."""
     return statically_known_true(a == b)
 
 
+def _is_linear(node: fx.Node) -> bool:
+    return node.target is torch.nn.functional.linear or op_name(node).startswith("linear_w")
+
+
 def _is_linear_over(node: fx.Node, rows: object) -> bool:
     """Whether a node is a linear with this many rows."""
-    if node.target is not torch.nn.functional.linear and not op_name(node).startswith("linear_w"):
+    if not _is_linear(node):
         return False
     value = example(node)
-    return isinstance(value, torch.Tensor) and value.dim() >= 2 and _same(_rows(value), rows)
+    return isinstance(value, torch.Tensor) and value.dim() >= 2 and same_size(_rows(value), rows)
 
 
 def _has_tokens(nodes: tuple[fx.Node, ...]) -> bool:
@@ -161,7 +132,7 @@ def _has_tokens(nodes: tuple[fx.Node, ...]) -> bool:
         value = example(node)
         if node.op == "placeholder" and isinstance(value, torch.Tensor) and not is_parameter(node):
             if value.is_floating_point() and value.dim() >= 3:
-                return not _same(_rows(value), value.shape[0])
+                return not same_size(_rows(value), value.shape[0])
     return False
 
 
@@ -185,7 +156,7 @@ def _leaf_taint(node: fx.Node, batch: object) -> Taint:
         return Taint.CONDITION
     if not value.is_floating_point() and not value.is_complex():
         return Taint.STRUCTURE
-    if value.dim() == 2 and batch is not None and _same(value.shape[0], batch):
+    if value.dim() == 2 and batch is not None and same_size(value.shape[0], batch):
         return Taint.CONDITION
     return Taint.CONTENT
 
@@ -195,8 +166,10 @@ def _transform(node: fx.Node, taint: Taint, batch: object) -> Taint:
     if batch is not None and Taint.CONTENT in taint and _is_linear_over(node, batch):
         # One row for each sample is a pooled vector (text, image): it conditions, as a given one does.
         return (taint & ~Taint.CONTENT) | Taint.CONDITION
-    if name in {"sin", "cos"} and Taint.CONTENT in taint:
-        # Sinusoids are taken of times and positions, never of content.
+    if _is_linear(node) and Taint.CONTENT in taint:
+        return taint | Taint.PROJECTED
+    if name in {"sin", "cos"} and Taint.CONTENT in taint and Taint.PROJECTED not in taint:
+        # A sinusoid of an input is an embedding of times or positions.
         return (taint & ~Taint.CONTENT) | Taint.CONDITION
     if name == "embedding":
         value = example(node)

@@ -17,6 +17,7 @@ from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.effects import is_mutation
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import Site
 
@@ -35,6 +36,8 @@ class InsertQdq(Pass):
         results: list[Match | Reject] = []
         quantized: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]] = {}
         for node in list(gm.graph.nodes):
+            if is_mutation(node):
+                quantized.clear()  # what was quantized may have been written since
             entry = ctx.sites.get(node.name)
             if entry is None or entry.planned is None or entry.reason is not None or SCHEME_KEY in node.meta:
                 continue

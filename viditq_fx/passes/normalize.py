@@ -14,10 +14,9 @@ import torch
 from torch import fx
 
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.dataflow import is_mutation, op_name
+from viditq_fx.passes.effects import is_removable, op_name
 
 _DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
-_EFFECTS = ("rand", "bernoulli", "normal", "multinomial", "manual_seed", "seed", "record_function", "print")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Normalize(Pass):
                 gm.graph.erase_node(node)
             elif node.op == "call_function" and node.target is torch.nn.functional.linear and node.kwargs:
                 _positional(node)
-        gm.graph.eliminate_dead_code(is_impure_node=lambda node: not _is_removable(node))
+        gm.graph.eliminate_dead_code(is_impure_node=lambda node: not is_removable(node))
         return ()
 
 
@@ -51,15 +50,3 @@ def _is_idle_dropout(node: fx.Node) -> bool:
     bound = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
     idle = bound.get("training", True) is False or bound.get("p", 0.5) == 0
     return bool(idle) and bool(node.args) and isinstance(node.args[0], fx.Node)
-
-
-def _is_removable(node: fx.Node) -> bool:
-    """Whether a node without users can go: Dynamo's graphs hold writes and mode switches that have none."""
-    if node.op not in {"call_function", "call_method"} or is_mutation(node) or "out" in node.kwargs:
-        return False
-    name = op_name(node)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        return False
-    return not name.startswith(("_", *_EFFECTS)) and not isinstance(
-        node.target, torch._ops.HigherOrderOperator
-    )

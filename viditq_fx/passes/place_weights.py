@@ -70,7 +70,7 @@ def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Nod
         with graph.inserting_after(last):
             node = graph.placeholder(f"{weight.name.rstrip('_')}_{suffix}")
         node.meta = {
-            "example_value": value,
+            "example_value": value.contiguous(),  # the store packs row-major, whatever the weight is
             "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
             SLOT_KEY: weight.name,
             SITE_KEY: like.meta[SITE_KEY],

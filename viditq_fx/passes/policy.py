@@ -19,13 +19,26 @@ _ROLE_REASONS = {
 }
 
 
+def keeps(pattern: str, site: SiteReport) -> bool:
+    """Whether a pattern names a site, by its role or by its path.
+
+    "*.ff.net.2" also names "ff.net.2": under regional compilation paths begin at the block.
+    """
+    return any(fnmatchcase(text, pattern) for text in (site.role, site.fqn, f".{site.fqn}"))
+
+
+def unmatched(keep: tuple[str, ...], sites: list[SiteReport]) -> tuple[str, ...]:
+    """Patterns that name none of the sites."""
+    return tuple(pattern for pattern in keep if not any(keeps(pattern, site) for site in sites))
+
+
 def reason_to_keep(site: SiteReport, rows: int | None, keep: tuple[str, ...]) -> str | None:
     """Why a site stays in full precision, or None if it is to be quantized.
 
     `rows` is M at compile time (its hint under dynamic shapes), None when it is not known.
     """
     for pattern in keep:
-        if pattern == site.role or fnmatchcase(site.fqn, pattern):
+        if keeps(pattern, site):
             return f"kept by pattern {pattern!r}"
     if site.role in _ROLE_REASONS:
         return _ROLE_REASONS[site.role]

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
-from viditq_fx.passes.dataflow import DataFlow, op_name
+from viditq_fx.passes.dataflow import DataFlow, same_size
+from viditq_fx.passes.effects import op_name
 
 ATTENTION_NAMES = frozenset(
     {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
@@ -78,14 +79,14 @@ def linear_input(node: fx.Node) -> fx.Node:
     return operand
 
 
-def find_roles(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Role of each linear (pointwise convolutions included) of a graph."""
-    return _RoleFinder(graph).roles()
+def find_roles(graph: fx.Graph, flow: DataFlow | None = None) -> dict[fx.Node, str]:
+    """Role of each linear (pointwise convolutions included) of a graph; `flow` is the graph's, if at hand."""
+    return _RoleFinder(graph, flow or DataFlow(graph)).roles()
 
 
 class _RoleFinder:
-    def __init__(self, graph: fx.Graph) -> None:
-        self.flow = DataFlow(graph)
+    def __init__(self, graph: fx.Graph, flow: DataFlow) -> None:
+        self.flow = flow
         self.linears = [n for n in graph.nodes if is_linear(n) or is_pointwise_conv(n)]
         self.content = {n for n in self.linears if self.flow.is_content(n)}
         self.attentions = [n for n in graph.nodes if self._is_attention(n)]
@@ -101,12 +102,26 @@ class _RoleFinder:
 
     def _is_attention(self, node: fx.Node) -> bool:
         name = op_name(node)
-        if name in ATTENTION_NAMES:
+        if name in ATTENTION_NAMES or self._is_opaque_attention(node):
             return True
         if name not in MATMULS and node.target is not operator.matmul:
             return False
         operands = [a for a in node.all_input_nodes if isinstance(example(a), torch.Tensor)]
         return len(operands) >= 2 and all(self.flow.is_content(a) for a in operands[:2])
+
+    def _is_opaque_attention(self, node: fx.Node) -> bool:
+        """A custom op whose first three operands look like q, k and v: a kernel from outside."""
+        if not isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            return False
+        if str(node.target).split(".")[0] in {"aten", "prims", "viditq"}:
+            return False
+        operands = node.all_input_nodes[:3]
+        values = [example(a) for a in operands]
+        if len(operands) < 3 or not all(isinstance(v, torch.Tensor) and v.dim() >= 3 for v in values):
+            return False
+        q, k, v = (value.shape for value in values)
+        alike = same_size(q[0], k[0]) and same_size(k[0], v[0]) and same_size(q[-1], k[-1])
+        return alike and all(self.flow.is_content(a) for a in operands)
 
     def roles(self) -> dict[fx.Node, str]:
         for attention in self.attentions:
@@ -210,12 +225,14 @@ class _RoleFinder:
         return same and example(down).shape[-1] < example(base).shape[-1]
 
     def _label_operands(self, attention: fx.Node) -> None:
-        if op_name(attention) not in ATTENTION_NAMES:
+        if op_name(attention) not in ATTENTION_NAMES and not self._is_opaque_attention(attention):
             # A product of two activations: which operand plays which part is not known.
             for operand in attention.all_input_nodes:
                 self._operands |= self._first_linears(operand)
             return
         operands = list(zip("qkv", (a for a in attention.args[:3] if isinstance(a, fx.Node)), strict=False))
+        if self._is_opaque_attention(attention):
+            operands = list(zip("qkv", attention.all_input_nodes, strict=False))
         for letter, key in zip("qkv", _OPERAND_KEYS, strict=True):
             value = attention.kwargs.get(key)
             if isinstance(value, fx.Node):
