@@ -34,6 +34,10 @@ class SiteReport:
     """Bytes of the weight in full precision."""
     bytes_packed: int = 0
     """Bytes of integers and scales that stand for it; 0 when not quantized."""
+    flops: int = 0
+    """Multiplies and adds of one call, at the sizes seen at compile time."""
+    flops_hinted: bool = False
+    """Some of those sizes are symbolic: other calls may do more or less."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +62,8 @@ class CompileReport:
     rejects: list[str] = field(default_factory=list)
     """Refusals that concern the graph and no single site, e.g. that it wants gradients."""
     passes: list[PassTrace] = field(default_factory=list)
+    attention: list[SiteReport] = field(default_factory=list)
+    """Attention calls that are no sites: M = batch x heads x queries, K = head width, N = keys."""
 
     def site(self, fqn: str) -> SiteReport:
         """The report of the site with this module path. Raises KeyError when there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +10,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from viditq_fx.passes.annotate_sites import AnnotateSites
-from viditq_fx.passes.base import Pass, PassContext
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.insert_qdq import InsertQdq
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.place_weights import PlaceWeights
 from viditq_fx.passes.verify import verify
+from viditq_fx.passes.work import count_work
 from viditq_fx.report import PassTrace
+
+_LOG = logging.getLogger("viditq_fx.passes")
+"""One INFO line a pass; TORCH_LOGS="+viditq_fx" shows them, and each refusal at DEBUG."""
 
 Observer = Callable[[str, fx.GraphModule], None]
 """Called with a pass's name and the graph as that pass left it."""
@@ -39,7 +44,7 @@ class PassPipeline:
             seconds = time.perf_counter() - start
             verify(gm, ctx, after=step.name)
             gm.recompile()
-            matches = sum(type(result).__name__ == "Match" for result in results)
+            matches = sum(isinstance(result, Match) for result in results)
             ctx.report.passes.append(
                 PassTrace(
                     name=step.name,
@@ -50,8 +55,22 @@ class PassPipeline:
                     nodes_after=len(gm.graph.nodes),
                 )
             )
+            _log(ctx.report.passes[-1], results)
+            if step.name == AnnotateSites.name:
+                count_work(gm.graph, ctx)
             if self.observer is not None:
                 self.observer(step.name, gm)
+
+
+def _log(trace: PassTrace, results: tuple[Match | Reject, ...]) -> None:
+    _LOG.info(
+        "%s: %.1f ms, %d matches, %d rejects, %d -> %d nodes",
+        *(trace.name, 1e3 * trace.seconds, trace.matches, trace.rejects),
+        *(trace.nodes_before, trace.nodes_after),
+    )
+    for result in results:
+        if isinstance(result, Reject):
+            _LOG.debug("%s: %s: %s", trace.name, result.site.fqn or "(root)", result.reason)
 
 
 def default_passes() -> tuple[Pass, ...]:
