@@ -240,7 +240,8 @@ def test_explain_as_a_table(run, targets):
     assert code == 0
     for part in ("1.up", "1.down", "w8a7", "kept by pattern '1.down'", "fewer than 32 channels"):
         assert part in out
-    assert "still in memory: 0.00 MB" in out
+    for part in ("Saves: The whole model takes", "quantized FLOPs", "place_weights", "Not quantized: "):
+        assert part in out
 
 
 @pytest.mark.slow

@@ -153,13 +153,15 @@ def _explain(target: str, options: dict[str, Any]) -> ExplainReport:
 
 
 def _print_explanation(report: ExplainReport) -> None:
-    from viditq_fx.cli.tables import explain_table
-    from viditq_fx.inspection.render import summary_lines
+    from viditq_fx.cli.tables import explain_table, total_tables
+    from viditq_fx.inspection.answers import lines
 
     # Piped into a file or a pager, a table squeezed into 80 columns would be unreadable.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(explain_table(report))
-    for line in summary_lines(report):
+    for table in total_tables(report):
+        console.print(table)
+    for line in lines(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

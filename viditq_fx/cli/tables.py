@@ -20,23 +20,26 @@ _STATE_STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
 
 def explain_table(report: ExplainReport) -> Table:
     """One row a site: what was planned and done, by which kernel, or why not."""
+    from viditq_fx.inspection.answers import count_of
+    from viditq_fx.inspection.breakdown import everything
+    from viditq_fx.inspection.render import shape_of
+
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("site", overflow="fold", ratio=5)
-    for title in ("role", "M×K×N", "planned", "done", "kernel", "MB before", "MB now"):
-        numeric = title.startswith("MB")
+    for title in ("role", "M×K×N", "planned", "done", "kernel", "FLOPs", "MB before", "MB now"):
+        numeric = title.startswith("MB") or title == "FLOPs"
         table.add_column(title, justify="right" if numeric else "left", no_wrap=True)
     table.add_column("why", overflow="fold", ratio=4)
-    for site in report.sites:
-        style = _OUTCOME_STYLES[site.outcome]
-        calls = f" ×{site.calls}" if site.calls > 1 else ""
+    for site in everything(report):
         before, now = _megabytes(site)
         table.add_row(
             Text(site.fqn or "(root)"),
             site.role,
-            f"{site.rows}×{site.depth}×{site.width}{calls}",
+            shape_of(site).replace("x", "×"),
             site.planned or "–",
-            Text(site.done or site.outcome, style=style),
+            Text(site.done or site.outcome, style=_OUTCOME_STYLES[site.outcome]),
             site.kernel or "",
+            count_of(site.flops),
             before,
             now,
             Text(site.reason or ""),
@@ -49,6 +52,24 @@ def _megabytes(site: ExplainedSite) -> tuple[str, str]:
     if site.done is None:
         return "", ""
     return f"{site.bytes_full / 1e6:.2f}", f"{(site.resident_packed + site.resident_full) / 1e6:.2f}"
+
+
+def total_tables(report: ExplainReport) -> list[Table]:
+    """Totals by role, by kernel and by pass."""
+    from viditq_fx.inspection.render import tables
+
+    made = []
+    for source in tables(report):
+        table = Table(box=SIMPLE, pad_edge=False)
+        for index, column in enumerate(source.columns):
+            right = column in source.numeric
+            table.add_column(
+                column, justify="right" if right else "left", no_wrap=index == 0, overflow="fold"
+            )
+        for row in source.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        made.append(table)
+    return made
 
 
 def doctor_table(findings: list[Finding]) -> Table:

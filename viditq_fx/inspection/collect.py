@@ -23,7 +23,7 @@ class ExplainedSite(SiteReport):
     """A site under its full module path, merged over the graphs and calls that ran it."""
 
     calls: int = 1
-    """Linears that ran at this site during the one call of the model."""
+    """Times that it ran during the one call of the model; `flops` is their sum."""
     resident_full: int = 0
     """Bytes of the full-precision weight in memory now."""
     resident_packed: int = 0
@@ -39,7 +39,7 @@ class ExplainedSite(SiteReport):
 
 @dataclass(kw_only=True)
 class ExplainReport:
-    """Every linear of a model that ran, with its outcome; totals; what refused whole graphs."""
+    """Every linear and attention call of a model that ran, with its outcome; totals; whole graphs refused."""
 
     model: str
     schemes: tuple[str, ...]
@@ -49,6 +49,8 @@ class ExplainReport:
     graph_runs: int
     """Times a compiled graph ran: more than `graphs` under regional compilation."""
     sites: list[ExplainedSite] = field(default_factory=list)
+    attention: list[ExplainedSite] = field(default_factory=list)
+    """Attention calls that are no sites: M = batch x heads x queries, K = head width, N = keys."""
     rejects: list[str] = field(default_factory=list)
     passes: list[PassTrace] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
@@ -78,11 +80,14 @@ class ExplainReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, ready for JSON."""
+        """Plain dicts and lists, ready for JSON: what was found, and its breakdown by role, kernel and pass."""
+        from viditq_fx.inspection.breakdown import breakdown
+
         data = asdict(self)
-        for entry, site in zip(data["sites"], self.sites, strict=True):
-            entry["outcome"] = site.outcome
-        return {**data, "totals": self.totals()}
+        for key, sites in (("sites", self.sites), ("attention", self.attention)):
+            for entry, site in zip(data[key], sites, strict=True):
+                entry["outcome"] = site.outcome
+        return {**data, "totals": self.totals(), **breakdown(self)}
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
@@ -137,21 +142,45 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
         rejects=[reason for r in unique.values() for reason in r.rejects],
         passes=[trace for r in unique.values() for trace in r.passes],
     )
-    merged: dict[tuple[Any, ...], ExplainedSite] = {}
+    sites, attention = [], []
     for run in ran:
-        for entry in run.report.sites:
-            site = _explain_site(entry, run.weights.get(entry.weight or ""), names)
-            key = (site.fqn, site.role, site.done, site.kernel, site.reason)
-            if key in merged:
-                merged[key].calls += 1
-            else:
-                merged[key] = site
-    report.sites = list(merged.values())
+        made = [
+            _explain_site(entry, run.weights.get(entry.weight or ""), names) for entry in run.report.sites
+        ]
+        calls = [ExplainedSite(**asdict(entry)) for entry in run.report.attention]
+        prefix = _prefix(run, made)
+        for site in (*(s for s in made if s.weight is None), *calls):
+            site.fqn = (prefix + site.fqn).rstrip(".")
+        sites += made
+        attention += calls
+    report.sites, report.attention = _merge(sites), _merge(attention)
     if isinstance(module, nn.Module):
         report.model_bytes, report.model_bytes_before = _model_bytes(module)
         _fill_quant_linears(module, report)
         report.unseen = _unseen(module, report)
     return report
+
+
+def _merge(sites: Sequence[ExplainedSite]) -> list[ExplainedSite]:
+    """One entry for all calls of a site with one outcome."""
+    merged: dict[tuple[Any, ...], ExplainedSite] = {}
+    for site in sites:
+        key = (site.fqn, site.role, site.done, site.kernel, site.reason)
+        if key not in merged:
+            merged[key] = site
+            continue
+        merged[key].calls += 1
+        merged[key].flops += site.flops
+        merged[key].flops_hinted |= site.flops_hinted
+    return list(merged.values())
+
+
+def _prefix(run: Execution, sites: Sequence[ExplainedSite]) -> str:
+    """What a compiled block's paths lack of the model's: only the weights of a run tell which block it was."""
+    for entry, site in zip(run.report.sites, sites, strict=True):
+        if entry.weight is not None and entry.fqn:
+            return site.fqn[: -len(entry.fqn)] if site.fqn.endswith(f".{entry.fqn}") else ""
+    return ""
 
 
 def _unseen(module: nn.Module, report: ExplainReport) -> list[str]:

@@ -1,64 +1,127 @@
-"""The explain report as plain text: one line a site, then the totals."""
+"""The explain report as plain text: one line a site, totals by role, kernel and pass, then the answers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from viditq_fx.inspection.answers import count_of, lines, percent, size
+from viditq_fx.inspection.breakdown import RoleRow, by_kernel, by_pass, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
 
-_SHOWN = 6
-_HEADER = ("site", "role", "MxKxN", "outcome", "kernel", "weight", "why")
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A titled table of text; the terminal, the plain text and the page each draw it in their own way."""
+
+    title: str
+    columns: tuple[str, ...]
+    numeric: tuple[str, ...]
+    """Columns of numbers, to be aligned to the right."""
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(report: ExplainReport) -> tuple[Table, ...]:
+    """Totals by role, by kernel and by pass."""
+    return _role_table(report), _kernel_table(report), _pass_table(report)
+
+
+def site_table(report: ExplainReport) -> Table:
+    """One row for each site and attention call."""
+    columns = ("site", "role", "MxKxN", "outcome", "kernel", "FLOPs", "weight", "why")
+    rows = tuple(_site_row(site) for site in everything(report))
+    return Table(title="sites", columns=columns, numeric=("FLOPs",), rows=rows)
 
 
 def render_text(report: ExplainReport) -> str:
-    """A table of every site and the totals, for a terminal or a log."""
-    rows = [_HEADER, *(_row(site) for site in report.sites)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
-    lines = [
+    """Every site, the totals and the answers, for a terminal or a log."""
+    parts = [_text(table) for table in (site_table(report), *tables(report))]
+    return "\n\n".join([*parts, "\n".join(lines(report))])
+
+
+def _text(table: Table) -> str:
+    rows = [table.columns, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns) - 1)]
+    text = [
         "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
         for row in rows
     ]
-    lines.insert(1, "-" * min(118, max(map(len, lines))))
-    return "\n".join([*lines, "", *summary_lines(report)])
+    text.insert(1, "-" * min(118, max(map(len, text))))
+    return "\n".join(text)
 
 
-def summary_lines(report: ExplainReport) -> list[str]:
-    """Totals in sentences."""
-    totals = report.totals()
-    before, packed = totals["quantized_weight_bytes_before"], totals["quantized_weight_bytes_packed"]
-    lines = [
-        f"{report.model}: {totals['quantized']} sites quantized ({', '.join(report.schemes)}), "
-        f"{totals['kept']} kept in full precision, {totals['refused']} refused; "
-        f"{report.graphs} graphs, {report.graph_runs} runs on {report.device}"
-    ]
-    if before:
-        resident = totals["quantized_weight_bytes_full_resident"]
-        lines.append(
-            f"weights of quantized sites: {megabytes(before)} in full precision -> {megabytes(packed)} packed "
-            f"({packed / before:.2f}x); full precision still in memory: {megabytes(resident)}"
-        )
-    if report.model_bytes_before:
-        ratio = report.model_bytes / report.model_bytes_before
-        lines.append(
-            f"model in memory: {megabytes(report.model_bytes_before)} before -> "
-            f"{megabytes(report.model_bytes)} now ({ratio:.2f}x)"
-        )
-    lines += [f"refused: {reason}" for reason in report.rejects]
-    if report.unseen:
-        shown = ", ".join(report.unseen[:_SHOWN]) + (", ..." if len(report.unseen) > _SHOWN else "")
-        lines.append(
-            f"{len(report.unseen)} linears are in no compiled graph (dead for this input, or run eagerly after a "
-            f"graph break): {shown}"
-        )
-    return lines
+def _site_row(site: ExplainedSite) -> tuple[str, ...]:
+    weight = f"{size(site.bytes_full)} -> {size(site.resident_packed)}" if site.done else ""
+    return (
+        site.fqn or "(root)",
+        site.role,
+        shape_of(site),
+        f"{site.outcome} {site.done}" if site.done else site.outcome,
+        site.kernel or "",
+        count_of(site.flops),
+        weight,
+        site.reason or "",
+    )
 
 
-def megabytes(nbytes: int) -> str:
-    """Bytes as MB (10^6) with two decimals."""
-    return f"{nbytes / 1e6:.2f} MB"
-
-
-def _row(site: ExplainedSite) -> tuple[str, ...]:
-    weight = f"{megabytes(site.bytes_full)} -> {megabytes(site.resident_packed)}" if site.done else ""
+def shape_of(site: ExplainedSite) -> str:
+    """M x K x N, and how often it ran."""
     calls = f" x{site.calls}" if site.calls > 1 else ""
-    shape = f"{site.rows}x{site.depth}x{site.width}{calls}"
-    outcome = f"{site.outcome} {site.done}" if site.done else site.outcome
-    return (site.fqn or "(root)", site.role, shape, outcome, site.kernel or "", weight, site.reason or "")
+    return f"{site.rows}x{site.depth}x{site.width}{calls}"
+
+
+def _role_table(report: ExplainReport) -> Table:
+    rows = by_role(report)
+    columns = ("role", "sites", "quantized", "kept", "refused", "FLOPs", "of all", "quantized FLOPs")
+    columns += ("weights", "quantized weights", "packed")
+    everything_row = total(rows)
+    cells = tuple(_role_cells(row, everything_row) for row in [*rows, everything_row])
+    return Table(title="by role", columns=columns, numeric=columns[1:], rows=cells)
+
+
+def _role_cells(row: RoleRow, whole: RoleRow) -> tuple[str, ...]:
+    weights = (size(row.weight_bytes), percent(row.weight_bytes_quantized, row.weight_bytes))
+    return (
+        *(row.role, *(str(n or "") for n in (row.sites, row.quantized, row.kept, row.refused))),
+        *(count_of(row.flops), percent(row.flops, whole.flops), percent(row.flops_quantized, row.flops)),
+        *(weights if row.weight_bytes else ("", "")),
+        size(row.weight_bytes_packed) if row.weight_bytes_packed else "",
+    )
+
+
+def _kernel_table(report: ExplainReport) -> Table:
+    rows = by_kernel(report)
+    flops = sum(row.flops for row in rows)
+    return Table(
+        title="by kernel",
+        columns=("kernel", "sites", "of all FLOPs", "roles", "why this one"),
+        numeric=("sites", "of all FLOPs"),
+        rows=tuple(
+            (
+                row.kernel,
+                str(row.sites),
+                percent(row.flops, flops),
+                _joined(row.roles),
+                "; ".join(row.reasons),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _pass_table(report: ExplainReport) -> Table:
+    columns = ("pass", "ms", "graphs", "matches", "rejects", "nodes before", "nodes after")
+    rows = by_pass(report)
+    cells = [
+        (
+            *(row.name, f"{1e3 * row.seconds:.1f}", str(row.graphs), str(row.matches), str(row.rejects)),
+            *(str(row.nodes_before), str(row.nodes_after)),
+        )
+        for row in rows
+    ]
+    cells.append(("all", f"{1e3 * sum(row.seconds for row in rows):.1f}", "", "", "", "", ""))
+    return Table(title="by pass", columns=columns, numeric=columns[1:], rows=tuple(cells))
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ", ".join(names)
