@@ -28,6 +28,8 @@ class SiteReport:
     """What computes it: chosen by the lowering, e.g. "onednn-u8" or "triton:linear_w8a8 128x256x128"."""
     reason: str | None = None
     """Why the site is not quantized, or why the first choice of kernel was not taken."""
+    prologue: str | None = None
+    """What is computed in one op with the quantization of its input, e.g. "layer_norm+modulate"."""
     weight: str | None = None
     """Source of the weight parameter, which says where two sites share one."""
     bytes_full: int = 0

@@ -1,9 +1,11 @@
 """The op dialect: what passes produce and lowerings consume, defined once with its meaning."""
 
+from viditq_fx.ops.activation import ACTIVATION_QUANTIZE
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
 from viditq_fx.ops.onednn import LINEAR_EPILOGUE, MATMUL_F32S8, MATMUL_U8S8, SHIFT_TO_U8
-from viditq_fx.ops.pack import PACK_INT8, UNPACK_INT8
+from viditq_fx.ops.pack import PACK_INT8, READ_INT8, UNPACK_INT8
 from viditq_fx.ops.quantize import (
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TOKEN,
@@ -12,6 +14,7 @@ from viditq_fx.ops.quantize import (
 )
 
 __all__ = [
+    "ACTIVATION_QUANTIZE",
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_TOKEN",
     "LINEAR_EPILOGUE",
@@ -19,9 +22,11 @@ __all__ = [
     "LINEAR_W8A8",
     "MATMUL_F32S8",
     "MATMUL_U8S8",
+    "NORM_MODULATE_QUANTIZE",
     "PACK_INT8",
     "QUANTIZE_PER_CHANNEL",
     "QUANTIZE_PER_TOKEN",
+    "READ_INT8",
     "SHIFT_TO_U8",
     "UNPACK_INT8",
     "QuantOp",

@@ -11,7 +11,9 @@ from torch import fx
 
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_linear import FuseLinear
+from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
 from viditq_fx.passes.insert_qdq import InsertQdq
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.place_weights import PlaceWeights
@@ -75,4 +77,12 @@ def _log(trace: PassTrace, results: tuple[Match | Reject, ...]) -> None:
 
 def default_passes() -> tuple[Pass, ...]:
     """THE order."""
-    return (Normalize(), AnnotateSites(), InsertQdq(), FuseLinear(), PlaceWeights())
+    return (
+        Normalize(),
+        AnnotateSites(),
+        InsertQdq(),
+        FuseLinear(),
+        FuseNormQuantize(),
+        FuseActivationQuantize(),
+        PlaceWeights(),
+    )

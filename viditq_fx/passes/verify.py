@@ -14,6 +14,14 @@ from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 from viditq_fx.passes.place_weights import SLOT_KEY
 
+_QUANTIZE = (
+    ops.QUANTIZE_PER_TOKEN.overload,
+    ops.QUANTIZE_PER_CHANNEL.overload,
+    ops.NORM_MODULATE_QUANTIZE.overload,
+    ops.ACTIVATION_QUANTIZE.overload,
+)
+"""Ops that return (integers, scales)."""
+
 
 def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
     """Check the invariants that hold after every pass, and those that pass `after` establishes.
@@ -37,7 +45,7 @@ def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
 
 
 def _problem(node: fx.Node) -> str | None:
-    if node.target in (ops.QUANTIZE_PER_TOKEN.overload, ops.QUANTIZE_PER_CHANNEL.overload) and not node.users:
+    if node.target in _QUANTIZE and not node.users:
         return "orphan quantize: nothing reads its integers"
     if SCHEME_KEY in node.meta and example(node) is None:
         return "a node of the dialect carries no example value"
@@ -46,8 +54,7 @@ def _problem(node: fx.Node) -> str | None:
     if node.target in (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload):
         return _linear_problem(node)
     if node.target is operator.getitem and node.args and isinstance(node.args[0], fx.Node):
-        source = node.args[0].target
-        if source in (ops.QUANTIZE_PER_TOKEN.overload, ops.QUANTIZE_PER_CHANNEL.overload) and not node.users:
+        if node.args[0].target in _QUANTIZE and not node.users:
             return "an output of quantize that nothing reads"
     return None
 

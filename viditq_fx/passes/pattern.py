@@ -1,0 +1,385 @@
+"""Patterns over FX graphs, written once as functions and matched whatever the spelling.
+
+    def modulated(x, scale, shift):
+        return quantized(layer_norm(x) * (one() + scale) + shift)
+
+A pattern matches up to: the operands' order of + and *, operator or function or method, casts and
+views that change no size, keyword or position, dropout that is idle. Variables bind any node, so it does
+not matter whether a `scale` came from chunk, split, unbind or an index. Names of modules never decide.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.graph_edit import example
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.dataflow import same_size
+from viditq_fx.passes.effects import is_mutation, op_name, write_roots
+from viditq_fx.site import Site
+
+# ------------------------------------------------------------------------------------- expressions
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """What a pattern function builds: a variable, a number, or a call of a kind of op."""
+
+    kind: str
+    operands: tuple[Expression, ...] = ()
+    name: str = ""
+
+    def __add__(self, other: Expression) -> Expression:
+        return Expression("add", (self, other))
+
+    def __mul__(self, other: Expression) -> Expression:
+        return Expression("mul", (self, other))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """An expression with a name for the report."""
+
+    name: str
+    expression: Expression
+
+    @classmethod
+    def of(cls, function: Callable[..., Expression], *given: Expression, name: str = "") -> Pattern:
+        """Call a pattern function: `given` first, then a variable for each parameter that is left."""
+        names = list(inspect.signature(function).parameters)[len(given) :]
+        return cls(name or function.__name__, function(*given, *map(variable, names)))
+
+
+def variable(name: str) -> Expression:
+    """Any value, bound to `name`."""
+    return Expression("variable", name=name)
+
+
+def number(name: str) -> Expression:
+    """Any Python number, bound to `name`."""
+    return Expression("number", name=name)
+
+
+def one() -> Expression:
+    """The number 1."""
+    return Expression("one")
+
+
+def call(kind: str, *operands: Expression) -> Expression:
+    """A call of an op of this kind (see `spelling`); its other arguments are bound as attributes."""
+    return Expression(kind, operands)
+
+
+def quantized(value: Expression) -> Expression:
+    """What `insert_qdq` put before a linear: quantize_per_token(value, bits)."""
+    return call("quantize_per_token", value)
+
+
+# ---------------------------------------------------------------------------------------- spelling
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """One node in canonical spelling."""
+
+    kind: str
+    operands: tuple[Any, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+_COMMUTATIVE = frozenset({"add", "mul"})
+_CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "type", "contiguous", "clone"})
+_SHAPES = frozenset({"view", "reshape", "squeeze", "unsqueeze", "flatten", "expand", "view_as", "reshape_as"})
+_BINARY = {"add": "add", "iadd": "add", "mul": "mul", "imul": "mul", "multiply": "mul"}
+_UNARY = {
+    "rsqrt": "rsqrt",
+    "silu": "silu",
+    "relu": "relu",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "square": "square",
+}
+
+
+def spelling(node: fx.Node) -> Spelled | None:
+    """The canonical form of a node; None for what no pattern speaks of."""
+    if node.op not in {"call_function", "call_method"}:
+        return None
+    name = op_name(node)
+    if name in _BINARY and len(node.args) == 2 and not node.kwargs:
+        return Spelled(_BINARY[name], tuple(node.args))
+    if name in _UNARY and node.args:
+        return Spelled(_UNARY[name], (node.args[0],))
+    reader = _READERS.get(name)
+    return reader(node) if reader is not None else None
+
+
+def arguments(node: fx.Node, names: Sequence[str], **defaults: Any) -> dict[str, Any]:
+    """A call's arguments by name, whether given by position or by keyword."""
+    bound = dict(defaults)
+    bound.update(zip(names, node.args, strict=False))
+    bound.update(node.kwargs)
+    return bound
+
+
+def constant(value: Any) -> Any:
+    """A float that dynamic shapes made symbolic, as the number it is: an eps is the same in every call."""
+    if isinstance(value, fx.Node) and isinstance(example(value), torch.SymFloat):
+        return float(example(value))
+    return value
+
+
+def _layer_norm(node: fx.Node) -> Spelled | None:
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    got = arguments(node, names, weight=None, bias=None, eps=1e-5)
+    if len(got["normalized_shape"]) != 1:
+        return None
+    attributes = {"weight": got["weight"], "bias": got["bias"], "eps": constant(got["eps"])}
+    return Spelled("layer_norm", (got["input"],), attributes)
+
+
+def _rms_norm(node: fx.Node) -> Spelled | None:
+    got = arguments(node, ("input", "normalized_shape", "weight", "eps"), weight=None, eps=None)
+    if len(got["normalized_shape"]) != 1:
+        return None
+    eps = constant(got["eps"])
+    value = example(node)
+    eps = torch.finfo(value.dtype).eps if eps is None and isinstance(value, torch.Tensor) else eps
+    return Spelled("rms_norm", (got["input"],), {"weight": got["weight"], "bias": None, "eps": eps})
+
+
+def _gelu(node: fx.Node) -> Spelled:
+    got = arguments(node, ("input",), approximate="none")
+    return Spelled("gelu_tanh" if got["approximate"] == "tanh" else "gelu", (got["input"],))
+
+
+def _power(node: fx.Node) -> Spelled | None:
+    got = arguments(node, ("input", "exponent"))
+    return Spelled("square", (got["input"],)) if got.get("exponent") == 2 else None
+
+
+def _mean(node: fx.Node) -> Spelled | None:
+    got = arguments(node, ("input", "dim", "keepdim"), dim=None, keepdim=False)
+    last = (
+        got["dim"] in (-1, (-1,), [-1]) and got["keepdim"] is True and set(got) <= {"input", "dim", "keepdim"}
+    )
+    return Spelled("row_mean", (got["input"],)) if last else None
+
+
+def _quantize(node: fx.Node) -> Spelled:
+    return Spelled("quantize_per_token", (node.args[0],), {"bits": node.args[1]})
+
+
+_READERS: dict[str, Callable[[fx.Node], Spelled | None]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "gelu": _gelu,
+    "pow": _power,
+    "mean": _mean,
+    ops.QUANTIZE_PER_TOKEN.name: _quantize,
+}
+
+
+def see_through(value: Any, passed: list[fx.Node]) -> Any:
+    """What a value is but for casts, and views that change no size; the nodes skipped go to `passed`."""
+    while isinstance(value, fx.Node) and value.op in {"call_function", "call_method"}:
+        name = op_name(value)
+        source = value.args[0] if value.args else None
+        if not isinstance(source, fx.Node) or is_mutation(value):
+            break
+        if name not in _CASTS and not (name in _SHAPES and _same_shape(value, source)):
+            break
+        passed.append(value)
+        value = source
+    return value
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    one_, other = example(a), example(b)
+    if not isinstance(one_, torch.Tensor) or not isinstance(other, torch.Tensor) or one_.dim() != other.dim():
+        return False
+    return all(same_size(m, n) for m, n in zip(one_.shape, other.shape, strict=True))
+
+
+# ---------------------------------------------------------------------------------------- matching
+
+
+@dataclass(kw_only=True)
+class Found:
+    """One match: what each variable and attribute is, and the nodes that the replacement makes idle."""
+
+    root: fx.Node
+    pattern: str
+    """Name of the pattern."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Variable or number -> node or Python value."""
+    attributes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Kind of op -> its arguments that are no operands, e.g. attributes["layer_norm"]["eps"]."""
+    interior: list[fx.Node] = field(default_factory=list)
+    """Nodes strictly inside: between the variables and the root."""
+
+    def read_outside(self) -> fx.Node | None:
+        """A node that reads a value from inside the match; None if the match is closed."""
+        inside = {self.root, *self.interior}
+        return next((user for node in self.interior for user in node.users if user not in inside), None)
+
+
+def find(pattern: Pattern, root: fx.Node) -> Found | None:
+    """Match a pattern at a node."""
+    return next(_match(pattern.expression, root, Found(root=root, pattern=pattern.name)), None)
+
+
+def _match(expression: Expression, value: Any, found: Found) -> Iterator[Found]:
+    """Every way to match; `found` is never changed, each way is a copy."""
+    if expression.kind == "variable":
+        yield from _bind(expression.name, value, found)
+        return
+    if expression.kind in {"number", "one"}:
+        value = constant(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and (expression.kind == "number" or value == 1):
+            yield from _bind(expression.name, value, found)
+        return
+    passed: list[fx.Node] = []
+    node = value if value is found.root else see_through(value, passed)
+    spelled = spelling(node) if isinstance(node, fx.Node) else None
+    if (
+        spelled is None
+        or spelled.kind != expression.kind
+        or len(spelled.operands) != len(expression.operands)
+    ):
+        return
+    inside = [] if node is found.root else [*passed, node]
+    here = Found(
+        root=found.root,
+        pattern=found.pattern,
+        values=found.values,
+        attributes={**found.attributes, spelled.kind: spelled.attributes},
+        interior=[*found.interior, *inside],
+    )
+    orders = itertools.permutations(spelled.operands) if spelled.kind in _COMMUTATIVE else [spelled.operands]
+    for operands in orders:
+        yield from _match_all(expression.operands, tuple(operands), here)
+
+
+def _match_all(expressions: tuple[Expression, ...], values: tuple[Any, ...], found: Found) -> Iterator[Found]:
+    if not expressions:
+        yield found
+        return
+    for first in _match(expressions[0], values[0], found):
+        yield from _match_all(expressions[1:], values[1:], first)
+
+
+def _bind(name: str, value: Any, found: Found) -> Iterator[Found]:
+    """Bind a variable; one that is bound already must be the same value but for casts."""
+    if not name:
+        yield found
+        return
+    if name in found.values:
+        if see_through(found.values[name], []) is not see_through(value, []):
+            return
+        yield found
+        return
+    if isinstance(value, fx.Node) or not isinstance(value, list | tuple | dict):
+        yield Found(
+            root=found.root,
+            pattern=found.pattern,
+            values={**found.values, name: value},
+            attributes=found.attributes,
+            interior=found.interior,
+        )
+
+
+# ----------------------------------------------------------------------------------------- rewrites
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A program that shows a rewrite at work, or declining; it is a test of the rewrite."""
+
+    label: str
+    program: Callable[..., Any]
+    """A module, or a function of tensors, to be captured and run."""
+    inputs: Callable[[], tuple[Any, ...]]
+    matches: int
+    reason: str = ""
+    """Part of the Reject's reason where `matches` is 0 and the rewrite says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewrite(Pass):
+    """A pass made of patterns: where one matches and is accepted, a replacement takes its place."""
+
+    patterns: ClassVar[tuple[Pattern, ...]]
+    """Tried in order at each root; the first that matches and is accepted wins."""
+    examples: ClassVar[tuple[Example, ...]] = ()
+
+    @abstractmethod
+    def roots(self, gm: fx.GraphModule, ctx: PassContext) -> Iterator[fx.Node]:
+        """Nodes at which the patterns end."""
+
+    @abstractmethod
+    def accept(self, found: Found, ctx: PassContext) -> str | None:
+        """Why a match must stay as it is; None if it may be replaced."""
+
+    @abstractmethod
+    def replace(self, gm: fx.GraphModule, found: Found, ctx: PassContext) -> str:
+        """Put the replacement in place of `found.root` and say what it is, for the report."""
+
+    @abstractmethod
+    def site(self, root: fx.Node) -> Site:
+        """The site that a root belongs to."""
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        results: list[Match | Reject] = []
+        written = write_roots(gm.graph)
+        for root in list(self.roots(gm, ctx)):
+            site = self.site(root)
+            found, reason = self._first_accepted(root, ctx, written)
+            if found is not None:
+                results.append(Match(site=site, detail=self.replace(gm, found, ctx)))
+                erase_idle(gm.graph, found)
+            elif reason is not None:
+                results.append(Reject(site=site, reason=reason))
+        return tuple(results)
+
+    def _first_accepted(
+        self, root: fx.Node, ctx: PassContext, written: set[fx.Node]
+    ) -> tuple[Found | None, str | None]:
+        reason = None
+        for pattern in self.patterns:
+            found = find(pattern, root)
+            if found is None:
+                continue
+            declined = _declined(found, written) or self.accept(found, ctx)
+            if declined is None:
+                return found, None
+            reason = reason or declined
+        return None, reason
+
+
+def _declined(found: Found, written: set[fx.Node]) -> str | None:
+    reader = found.read_outside()
+    if reader is not None:
+        return f"a value inside the pattern is also read by {reader.name}"
+    if any(node in written for node in found.interior):
+        return "a value inside the pattern is written in place"
+    return None
+
+
+def erase_idle(graph: fx.Graph, found: Found) -> None:
+    """Erase what a replacement left without readers."""
+    idle = [found.root, *found.interior]
+    while any(not node.users for node in idle):
+        for node in [n for n in idle if not n.users]:
+            graph.erase_node(node)
+            idle.remove(node)

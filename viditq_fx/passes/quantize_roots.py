@@ -1,0 +1,56 @@
+"""Rewrites that end in a quantize: they fold what makes a linear's input into the op that quantizes it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.graph_edit import call
+from viditq_fx.passes.annotate_sites import SITE_KEY
+from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.insert_qdq import SCHEME_KEY
+from viditq_fx.passes.pattern import Found, Rewrite
+from viditq_fx.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRewrite(Rewrite):
+    """A rewrite whose roots are quantize_per_token nodes and whose replacement returns (integers, scales)."""
+
+    @property
+    @abstractmethod
+    def op(self) -> ops.QuantOp:
+        """The op of the dialect that takes the place of the match."""
+
+    @abstractmethod
+    def operands(self, found: Found) -> tuple[object, ...]:
+        """Its arguments."""
+
+    @staticmethod
+    def quantize_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+        """The quantize nodes of a graph that a pass put before linears."""
+        for node in gm.graph.nodes:
+            if node.target is ops.QUANTIZE_PER_TOKEN.overload and SITE_KEY in node.meta:
+                yield node
+
+    def roots(self, gm: fx.GraphModule, ctx: PassContext) -> Iterator[fx.Node]:
+        return self.quantize_nodes(gm)
+
+    def site(self, root: fx.Node) -> Site:
+        return root.meta[SITE_KEY]
+
+    def replace(self, gm: fx.GraphModule, found: Found, ctx: PassContext) -> str:
+        root = found.root
+        with gm.graph.inserting_before(root):
+            fused = call(gm.graph, self.op.overload, self.operands(found), root)
+        fused.meta[SITE_KEY], fused.meta[SCHEME_KEY] = root.meta[SITE_KEY], root.meta[SCHEME_KEY]
+        root.replace_all_uses_with(fused)
+        for item in fused.users:
+            for linear in item.users:
+                if linear.name in ctx.sites:
+                    ctx.sites[linear.name].prologue = found.pattern
+        return found.pattern
