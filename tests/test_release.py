@@ -1,6 +1,8 @@
 """weights="release": the memory is gone, the compiled model runs on, and nothing else crashes or lies."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -136,3 +138,49 @@ def test_packed_weights_go_with_their_model():
     torch._dynamo.reset()
     gc.collect()
     assert len(packed_weights._ENTRIES) == before
+
+
+def test_a_copy_is_refused_until_a_checkpoint_is_loaded_into_it():
+    layer, _, x, want = released_linear()
+    torch.manual_seed(0)
+    state = nn.Linear(64, 64).state_dict()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        for use in (lambda other=other: other(x), other.state_dict):
+            with pytest.raises(ReleasedWeightError, match="was released"):
+                use()
+        other.load_state_dict(state)
+        torch.testing.assert_close(other(x), want)
+    with pytest.raises(ReleasedWeightError):
+        layer(x)
+
+
+def test_hooks_do_not_pile_up():
+    layer, call, x, _ = released_linear()
+    state = nn.Linear(64, 64).state_dict()
+    for _ in range(3):
+        layer.load_state_dict(state)
+        call(x)
+    assert is_released(layer.weight)
+    assert len(layer._forward_pre_hooks) == len(layer._state_dict_pre_hooks) == 1
+
+
+def test_inference_weights_are_kept_with_a_reason():
+    """They have no version counter: a checkpoint that is loaded into them would not be noticed."""
+    with torch.inference_mode(), executions() as ran:
+        layer, call, x, want = released_linear()
+        assert not is_released(layer.weight)
+        assert "made under torch.inference_mode()" in (ran[0].report.sites[0].reason or "")
+        assert relative_error(call(x), want) < ERROR
+
+
+def test_release_under_inference_mode_of_a_normal_weight():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 64).requires_grad_(False), torch.randn(40, 64)
+    want, call = layer(x), torch.compile(layer, backend="viditq", options=RELEASE)
+    with torch.inference_mode():
+        call(x)
+        assert relative_error(call(x), want) < ERROR
+    assert is_released(layer.weight)
+    assert not layer.weight.is_inference()
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    assert not is_released(layer.weight)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from viditq_fx import ops
 from viditq_fx.errors import ViditqError, WeightError
-from viditq_fx.ops.blocked import own, plain_weight, resident_bytes, restore
+from viditq_fx.ops.blocked import is_owned, keep_plain, own, plain_weight, resident_bytes, restore
 from viditq_fx.ops.quantize import dequantize_per_channel, quantize_per_channel
 from viditq_fx.scheme import QuantScheme
 
@@ -18,9 +18,11 @@ _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
 _LINEARS = {"w8a8": ops.LINEAR_W8A8, "w8a7": ops.LINEAR_W8A7}
+_SAVED = ("weight", "weight_q", "weight_scale")
 
 
 class QuantLinear(nn.Module):
@@ -28,6 +30,9 @@ class QuantLinear(nn.Module):
 
     In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one.
     A full-precision `weight` in a state dict that is loaded is quantized on the way in.
+
+    `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
+    through `.data`) need not reach the layer. Load a state dict to change its weight.
     """
 
     _weight_q: Tensor
@@ -46,8 +51,8 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weight_q.shape
         self.scheme = scheme
         self.weight_dtype = weight_dtype
-        self.register_buffer("_weight_q", own(weight_q))
-        self.register_buffer("_weight_scale", weight_scale)
+        self._set_key(weight_q)
+        self.register_buffer("_weight_scale", weight_scale, persistent=False)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -63,35 +68,57 @@ class QuantLinear(nn.Module):
         Raises WeightError when the weight is on `meta` or holds NaN or infinity.
         """
         weight, memo = linear.weight, packed if packed is not None else {}
-        if id(weight) not in memo:
-            if weight.device.type == "meta":
-                raise WeightError(f"{name}: the weight is on the meta device; load it first")
-            with torch.no_grad():
-                memo[id(weight)] = quantize_per_channel(weight.detach(), scheme.weight_bits)
-            if not bool(torch.isfinite(memo[id(weight)][1]).all()):
-                raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
-        layer = cls(*memo[id(weight)], linear.bias, scheme, weight.dtype)
-        for key in _HOOKS:
-            getattr(layer, key).update(getattr(linear, key))
+        # Buffers made under inference_mode could not be loaded into later.
+        with torch.inference_mode(False), torch.no_grad():
+            if id(weight) not in memo:
+                if weight.device.type == "meta":
+                    raise WeightError(f"{name}: the weight is on the meta device; load it first")
+                q, scale = quantize_per_channel(weight.detach(), scheme.weight_bits)
+                if not bool(torch.isfinite(scale).all()):
+                    raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
+                memo[id(weight)] = own(q), scale
+            layer = cls(*memo[id(weight)], linear.bias, scheme, weight.dtype)
+        for key in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
+            layer.__dict__[key] = getattr(linear, key)
         return layer.train(linear.training)
+
+    def _set_key(self, w_NK: Tensor) -> None:
+        """Take a key for the integers (see ops.blocked).
+
+        A plain attribute and no buffer: its memory goes once oneDNN has a copy, and nobody who walks
+        over buffers may read it then. Dynamo has to be told what it knows of buffers: static.
+        """
+        self._weight_q = w_NK if is_owned(w_NK) else own(w_NK)
+        torch._dynamo.mark_static(self._weight_q)
+        torch._dynamo.mark_static_address(self._weight_q, guard=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of a float dtype -> [..., N] of the same dtype (autocast's, inside autocast)."""
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
+        if torch.compiler.is_exporting():
+            self._keep_plain()
         x_q, x_scale = ops.QUANTIZE_PER_TOKEN.overload(x, self.scheme.input_bits)
         linear = _LINEARS[str(self.scheme)].overload
         return linear(x_q, x_scale, self._weight_q, self._weight_scale, self.bias, dtype)
 
+    @torch.compiler.assume_constant_result  # so Dynamo runs it, where export is strict
+    def _keep_plain(self) -> bool:
+        """An exported program holds the key itself, and saves it."""
+        keep_plain(self._weight_q)
+        return True
+
     @property
     def weight(self) -> Tensor:
         """The weight [N, K] dequantized to the dtype it had: a new tensor at every access."""
-        return dequantize_per_channel(plain_weight(self._weight_q), self._weight_scale, self.weight_dtype)
+        return dequantize_per_channel(self.weight_q, self._weight_scale, self.weight_dtype)
 
     @property
     def weight_q(self) -> Tensor:
-        """The int8 weight [N, K] (a copy where only oneDNN's layout of it is in memory)."""
+        """The int8 weight [N, K], to read (a copy where only oneDNN's layout of it is in memory)."""
+        if torch.compiler.is_dynamo_compiling():
+            return ops.READ_INT8.overload(self._weight_q)
         return plain_weight(self._weight_q)
 
     @property
@@ -110,17 +137,19 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        restore(self._weight_q)
-        scale = self._weight_scale
+        scale, key = self._weight_scale, restore(self._weight_q)
         super()._apply(fn, recurse)
-        own(self._weight_q)
-        if self._weight_scale.dtype != torch.float32:  # model.half() casts buffers: scales stay fp32
-            self._weight_scale = scale.to(self._weight_scale.device)
+        with torch.inference_mode(False), torch.no_grad():
+            moved = fn(key)
+            if moved is not key:
+                self._set_key(moved)
+            if self._weight_scale.dtype != torch.float32:  # model.half() casts buffers: scales stay fp32
+                self._weight_scale = scale.to(self._weight_scale.device)
+            self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=key.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight_q"] = self.weight_q
         destination[prefix + "weight_scale"] = self._weight_scale
 
@@ -134,26 +163,63 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        missing, unexpected, errors = missing_keys, unexpected_keys, error_msgs
-        q, scale = state_dict.get(prefix + "weight_q"), state_dict.get(prefix + "weight_scale")
-        if prefix + "weight" in state_dict:
-            q, scale = quantize_per_channel(state_dict[prefix + "weight"], self.scheme.weight_bits)
-        if q is None or scale is None:
-            missing.append(prefix + "weight_q")
-        elif q.dtype != torch.int8 or q.shape != (self.out_features, self.in_features):
-            errors.append(
-                f"{prefix}weight_q: int8 {self.out_features}x{self.in_features} expected, got {q.shape}"
-            )
+        unexpected: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs
+        )
+        ours = {prefix + name for name in _SAVED}
+        unexpected_keys.extend(key for key in unexpected if key not in ours)
+        found = {name: state_dict[prefix + name] for name in _SAVED if prefix + name in state_dict}
+        if "weight" not in found and len(found) < 2:
+            missing_keys.extend(prefix + name for name in _SAVED[1:] if name not in found)
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            problem = self._load_weight(found, bool(local_metadata.get("assign_to_params_buffers", False)))
+        if problem is not None:
+            error_msgs.append(f"{prefix}{problem}")
+
+    def _load_weight(self, found: dict[str, Tensor], assign: bool) -> str | None:
+        """Take what a state dict holds for the weight; returns why not, and then nothing is changed."""
+        shape = (self.out_features, self.in_features)
+        problem = self._why_not_load(found, assign)
+        if problem is not None:
+            return problem
+        if "weight" in found:
+            q, scale = quantize_per_channel(found["weight"], self.scheme.weight_bits)
         else:
-            with torch.no_grad():
-                restore(self._weight_q).copy_(q)
-                self._weight_scale.copy_(scale)
-        bias = state_dict.get(prefix + "bias")
-        if self.bias is not None and bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
-        elif (self.bias is None) != (bias is None):
-            (missing if bias is None else unexpected).append(prefix + "bias")
+            q, scale = found["weight_q"], found["weight_scale"]
+        if not bool(torch.isfinite(scale).all()):
+            return f"{'weight' if 'weight' in found else 'weight_scale'}: holds NaN or infinity"
+        assert q.shape == shape
+        if assign:
+            self._set_key(own(q))
+            self._weight_scale = scale.detach()
+        else:
+            restore(self._weight_q).copy_(q)
+            self._weight_scale.copy_(scale)
+        return None
+
+    def _why_not_load(self, found: dict[str, Tensor], assign: bool) -> str | None:
+        n, k = self.out_features, self.in_features
+        wanted = {
+            "weight": ((n, k), None),
+            "weight_q": ((n, k), torch.int8),
+            "weight_scale": ((n,), torch.float32),
+        }
+        if "weight" in found and len(found) > 1:
+            return "weight: given beside weight_q or weight_scale; load one form of it"
+        for name, value in found.items():
+            shape, dtype = wanted[name]
+            if tuple(value.shape) != shape or (
+                value.dtype != dtype if dtype else not value.is_floating_point()
+            ):
+                kind = dtype or "a float dtype"
+                return f"{name}: {kind} of shape {shape} expected, got {value.dtype} {tuple(value.shape)}"
+            if value.device.type == "meta":
+                return f"{name}: is on the meta device and holds no values"
+        if self._weight_q.device.type == "meta" and not assign:
+            return "weight_q: this layer is on the meta device; load with assign=True, or to_empty() first"
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         restore(self._weight_q)  # copies and pickles take the plain integers along
@@ -161,7 +227,7 @@ class QuantLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        own(self._weight_q)
+        self._set_key(self._weight_q)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"weight", "weight_q", "weight_scale"}:

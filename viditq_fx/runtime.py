@@ -109,7 +109,7 @@ class CompiledGraph:
             if slot.frees_source:
                 reason = why_not_release(weight, owners[id(weight)])
             if reason is None:
-                release(weight, fqn_of_source(slot.name), owners[id(weight)])
+                release(weight, owners[id(weight)])
                 continue
             self._refusals[slot.name] = reason
             for entry in self.report.sites:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from viditq_fx import ops
+from viditq_fx.ops import onednn
 from viditq_fx.ops.base import EPILOGUE_TOLERANCES
 from viditq_fx.ops.linear import EXACT_K, exact_int_matmul, linear_w8a8
 from viditq_fx.ops.onednn import matmul_f32s8, matmul_u8s8, onednn_is_exact, shift_to_u8
@@ -155,3 +156,48 @@ def test_it_has_no_derivative_and_says_so():
     )
     with pytest.raises(RuntimeError, match="is for inference and has no derivative"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_reach_the_integers(dtype):
+    x, w = torch.full((4, 2048), 127, dtype=torch.int8), torch.full((8, 2048), 127, dtype=torch.int8)
+    small = w[:, :100].contiguous()
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(exact_int_matmul(x, w).double(), exact(x, w))
+        assert torch.equal(matmul_f32s8(x.float(), w).double(), exact(x, w).float().double())
+        assert torch.equal(matmul_f32s8(x[:, :100].float(), small).double(), exact(x[:, :100], small))
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """As in a new process: nothing was tried, no scales are kept."""
+    monkeypatch.setattr(onednn, "_EXACT", {})
+    onednn._unit_scales.cache_clear()
+    yield
+    onednn._unit_scales.cache_clear()
+
+
+def test_default_dtype_and_device_do_not_reach_the_kernels(untried):
+    x = torch.randint(1, 127, (20, 64), dtype=torch.uint8)
+    w, empty = torch.randint(-127, 128, (96, 64), dtype=torch.int8), torch.empty(0, 64, dtype=torch.uint8)
+    want = exact(x.to(torch.int32) - 64, w)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            assert onednn_is_exact(7)
+            got, none = matmul_u8s8(x, w, 64), matmul_u8s8(empty, w, 64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.double(), want)
+    assert torch.equal(matmul_u8s8(x, w, 64), got)
+    assert (none.dtype, none.device.type, none.shape) == (torch.float32, "cpu", (0, 96))
+
+
+def test_a_trial_that_fails_is_tried_again(untried, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onednn, "matmul_u8s8", fails)
+        assert not onednn_is_exact(7)
+    assert onednn_is_exact(7)

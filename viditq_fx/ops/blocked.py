@@ -2,15 +2,34 @@
 
 A graph input has to be a plain tensor, and oneDNN wants a layout of its own (making it takes as
 long as several GEMMs). So the plain int8 weight [N, K] is the key, and its blocked copy is found
-by identity. Where we own the plain tensor its memory is given back once the copy exists: the
-integers are in memory once, and `plain_weight` reads them back bit for bit.
+by identity. Where we own the key its memory is given back once the copy exists: the integers are
+in memory once, and `plain_weight` reads them back bit for bit.
+
+The key alone loses its memory: it is pointed at empty pages, and whoever holds the storage that it
+had (a state dict, a view) keeps it whole. An owned key is therefore shown to nobody: callers hand
+out `plain_weight(key)`.
 """
 
 from __future__ import annotations
 
+import mmap
+import sys
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from viditq_fx.ops.tensor_state import LOCK, TensorState
+
+
+@dataclass(kw_only=True)
+class _Blocked:
+    packed: Tensor
+    state: TensorState
+    freed: bool = False
+
 
 # The one place where the copies live. Keyed by the tensor and not held by it: a tensor that goes
 # away takes its copy along, and every compiled graph that reads the weight shares one copy.
@@ -19,9 +38,25 @@ _OWNED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def own(w_NK: Tensor) -> Tensor:
-    """Declare that only this package reads `w_NK`, so its plain memory may be given back."""
-    _OWNED[w_NK] = True
-    return w_NK
+    """A row-major key for the integers of `w_NK` that only this package reads; shares its memory."""
+    with torch.inference_mode(False), torch.no_grad():
+        key = w_NK.clone() if w_NK.is_inference() else w_NK.detach()
+        key = key.contiguous()
+    with LOCK:
+        _OWNED[key] = True
+    return key
+
+
+def is_owned(w_NK: Tensor) -> bool:
+    """Whether `w_NK` is a key that `own` made."""
+    return w_NK in _OWNED
+
+
+def keep_plain(w_NK: Tensor) -> None:
+    """Give a key its memory back for good: somebody else holds the key itself (export, while it traces)."""
+    with LOCK, _disable_current_modes():
+        restore(w_NK)
+        _OWNED.pop(w_NK, None)
 
 
 def blocked_weight(w_NK: Tensor) -> Tensor:
@@ -29,40 +64,60 @@ def blocked_weight(w_NK: Tensor) -> Tensor:
 
     Raises RuntimeError where oneDNN has no int8 linear.
     """
-    found = _BLOCKED.get(w_NK)
-    version = 0 if w_NK.is_inference() else w_NK._version
-    if found is None or found[1] != version:
-        packed = torch.ops.onednn.qlinear_prepack(plain_weight(w_NK), None)
-        found = _BLOCKED[w_NK] = (packed, version)
-        if w_NK in _OWNED:
-            w_NK.untyped_storage().resize_(0)
-    return found[0]
+    with LOCK, torch.inference_mode(False):
+        found = _BLOCKED.get(w_NK)
+        if found is None or not (is_freed(w_NK) or found.state.holds(w_NK)):
+            # qlinear_prepack reads the memory row by row, whatever the strides say.
+            packed = torch.ops.onednn.qlinear_prepack(plain_weight(w_NK).contiguous(), None)
+            found = _BLOCKED[w_NK] = _Blocked(packed=packed, state=TensorState.of(w_NK))
+            if w_NK in _OWNED and w_NK.numel():
+                w_NK.data = _empty_pages(w_NK)
+                found.state, found.freed = TensorState.of(w_NK), True
+        return found.packed
 
 
 def is_freed(w_NK: Tensor) -> bool:
     """Whether the plain memory of a weight was given back."""
-    return w_NK.numel() > 0 and w_NK.untyped_storage().nbytes() == 0
+    found = _BLOCKED.get(w_NK)
+    return found is not None and found.freed and found.state.same_memory(w_NK)
 
 
 def plain_weight(w_NK: Tensor) -> Tensor:
-    """`w_NK` itself, or its integers read back from the blocked copy where the plain memory is gone."""
-    if torch.compiler.is_compiling() or type(w_NK) is not Tensor or not is_freed(w_NK):
+    """The integers of `w_NK` in a tensor of their own, which keeps its memory whatever becomes of the key.
+
+    It shares the key's memory, or is read back from the blocked copy where that is gone.
+    """
+    if type(w_NK) is not Tensor:  # a fake one
         return w_NK
-    return _BLOCKED[w_NK][0].to_dense().t().contiguous()
+    with LOCK:
+        return _BLOCKED[w_NK].packed.to_dense().t().contiguous() if is_freed(w_NK) else w_NK.detach()
 
 
 def restore(w_NK: Tensor) -> Tensor:
     """Give a weight its plain memory back and drop the blocked copy: before it is moved or saved."""
-    if is_freed(w_NK):
-        plain = plain_weight(w_NK)
-        w_NK.untyped_storage().resize_(plain.numel())
-        w_NK.copy_(plain)
-    _BLOCKED.pop(w_NK, None)
-    return w_NK
+    with LOCK, torch.inference_mode(False):
+        if is_freed(w_NK):
+            w_NK.data = plain_weight(w_NK)
+        _BLOCKED.pop(w_NK, None)
+        return w_NK
 
 
 def resident_bytes(w_NK: Tensor) -> int:
     """Bytes of memory that stand for an int8 weight now, plain and blocked together."""
-    found = _BLOCKED.get(w_NK)
-    blocked = int(torch.ops.mkldnn._nbytes(found[0])) if found is not None else 0
-    return w_NK.untyped_storage().nbytes() + blocked
+    with LOCK:
+        found = _BLOCKED.get(w_NK)
+        blocked = int(torch.ops.mkldnn._nbytes(found.packed)) if found is not None else 0
+        return blocked + (0 if is_freed(w_NK) else w_NK.numel() * w_NK.element_size())
+
+
+def _empty_pages(like: Tensor) -> Tensor:
+    """A tensor like `like` on pages that no one has touched: they take no memory and read as zeros.
+
+    Not a storage of size 0: reading one crashes the process.
+    """
+    nbytes = like.numel() * like.element_size()
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, nbytes)
+    else:  # private: pages of a shared mapping would take memory once read
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)

@@ -23,6 +23,11 @@ EXACT_K = 1040
 """Largest K for which any sum of int8 products is below 2^24, so that fp32 adds it exactly."""
 
 
+def without_autocast(like: Tensor) -> torch.autocast:
+    """A context in which an fp32 GEMM of integers stays one: autocast would round them to 16 bits."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def exact_int_matmul(x_MK: Tensor, w_NK: Tensor) -> Tensor:
     """int8 [M, K] x int8 [N, K] -> exact int32 [M, N].
 
@@ -36,7 +41,8 @@ def exact_int_matmul(x_MK: Tensor, w_NK: Tensor) -> Tensor:
     acc: Tensor | None = None
     for start in range(0, depth, size):
         x_part, w_part = x_MK[:, start : start + size], w_NK[:, start : start + size]
-        product = (x_part.to(torch.float32) @ w_part.to(torch.float32).t()).to(torch.int32)
+        with without_autocast(x_MK):
+            product = (x_part.to(torch.float32) @ w_part.to(torch.float32).t()).to(torch.int32)
         acc = product if acc is None else acc + product
     return torch.zeros(rows, w_NK.shape[0], dtype=torch.int32, device=x_MK.device) if acc is None else acc
 

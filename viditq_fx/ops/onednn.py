@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from viditq_fx.ops.base import QuantOp, Sample, register
-from viditq_fx.ops.blocked import blocked_weight
-from viditq_fx.ops.linear import exact_int_matmul, linear_epilogue
+from viditq_fx.ops.blocked import blocked_weight, plain_weight
+from viditq_fx.ops.linear import exact_int_matmul, linear_epilogue, without_autocast
+from viditq_fx.ops.tensor_state import LOCK, TensorState
 
 ZERO_POINTS = {8: 128, 7: 64}
 """Input bits -> the zero point that makes symmetric integers of that width unsigned."""
@@ -40,7 +41,7 @@ def matmul_u8s8(x_MK: Tensor, w_NK: Tensor, zero_point: int) -> Tensor:
         raise ValueError(f"matmul_u8s8: needs uint8 x int8; got {x_MK.dtype} x {w_NK.dtype}")
     width = w_NK.shape[0]
     if x_MK.numel() == 0 or width == 0:
-        return torch.zeros(*x_MK.shape[:-1], width)
+        return x_MK.new_zeros((*x_MK.shape[:-1], width), dtype=torch.float32)
     packed = blocked_weight(w_NK)
     ones, zeros = _unit_scales(width)
     x_2d = x_MK.reshape(-1, x_MK.shape[-1])
@@ -53,33 +54,45 @@ def matmul_u8s8(x_MK: Tensor, w_NK: Tensor, zero_point: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _unit_scales(width: int) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        return torch.ones(width), torch.zeros(width, dtype=torch.int64)
+        return (
+            torch.ones(width, dtype=torch.float32, device="cpu"),
+            torch.zeros(width, dtype=torch.int64, device="cpu"),
+        )
 
 
 def _fake(x_MK: Tensor, w_NK: Tensor, zero_point: int) -> Tensor:
     return x_MK.new_empty((*x_MK.shape[:-1], w_NK.shape[0]), dtype=torch.float32)
 
 
-@functools.lru_cache(maxsize=2)
-def onednn_is_exact(bits: int) -> bool:
-    """Whether oneDNN multiplies inputs of this width exactly on this CPU: tried, not looked up.
+_EXACT: dict[int, bool] = {}
 
-    The operands are the ones that saturate first: all-largest rows against all-largest weights.
+
+def onednn_is_exact(bits: int) -> bool:
+    """Whether oneDNN multiplies inputs of this width exactly on this CPU: tried once, not looked up.
+
+    A trial that fails is not remembered: what broke it may be passing.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return False
-    zero_point, rows, depth, width = ZERO_POINTS[bits], 32, 256, 64
-    with torch.inference_mode(False), torch.no_grad():
+    if bits not in _EXACT:
+        if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+            return False
+        try:
+            _EXACT[bits] = _multiplies_exactly(ZERO_POINTS[bits])
+        except (RuntimeError, NotImplementedError):  # this build's oneDNN has no int8 linear
+            return False
+    return _EXACT[bits]
+
+
+def _multiplies_exactly(zero_point: int) -> bool:
+    """The operands are the ones that saturate first: all-largest rows against all-largest weights."""
+    rows, depth, width = 32, 256, 64
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         signs = torch.ones(rows, 1, dtype=torch.int32)
         signs[::2] = -1
         x = (signs * (zero_point - 1)).expand(rows, depth).to(torch.int8)
         w = torch.full((width, depth), 127, dtype=torch.int8)
         w[::3, ::5] = -127
-        try:
-            got = matmul_u8s8(shift_to_u8(x, zero_point), w, zero_point)
-        except (RuntimeError, NotImplementedError):  # this build's oneDNN has no int8 linear
-            return False
-        return bool(torch.equal(got, exact_int_matmul(x, w).to(torch.float32)))
+        got = matmul_u8s8(shift_to_u8(x, zero_point), w, zero_point)
+        return torch.equal(got, exact_int_matmul(x, w).to(torch.float32))
 
 
 def _shift_samples(device: torch.device) -> Iterator[Sample]:
@@ -105,11 +118,12 @@ def matmul_f32s8(x_MK: Tensor, w_NK: Tensor) -> Tensor:
     slices of K (see `exact_int_matmul`). The weight is widened at every call: kept, it would take
     four times its memory.
     """
-    x_2d = x_MK.reshape(-1, x_MK.shape[-1])
-    if _one_gemm_is_exact(w_NK):
-        acc = x_2d @ w_NK.to(torch.float32).t()
+    x_2d, plain = x_MK.reshape(-1, x_MK.shape[-1]), plain_weight(w_NK)
+    if _one_gemm_is_exact(w_NK, plain):
+        with without_autocast(x_MK):
+            acc = x_2d @ plain.to(torch.float32).t()
     else:
-        acc = exact_int_matmul(x_2d, w_NK).to(torch.float32)
+        acc = exact_int_matmul(x_2d, plain).to(torch.float32)
     return acc.reshape(*x_MK.shape[:-1], w_NK.shape[0])
 
 
@@ -117,13 +131,13 @@ def matmul_f32s8(x_MK: Tensor, w_NK: Tensor) -> Tensor:
 _BOUNDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _one_gemm_is_exact(w_NK: Tensor) -> bool:
-    version = 0 if w_NK.is_inference() else w_NK._version
-    found = _BOUNDED.get(w_NK)
-    if found is None or found[1] != version:
-        largest = int(w_NK.to(torch.int32).abs().sum(dim=1).max()) if w_NK.numel() else 0
-        found = _BOUNDED[w_NK] = (127 * largest < 2**24, version)
-    return found[0]
+def _one_gemm_is_exact(w_NK: Tensor, plain: Tensor) -> bool:
+    with LOCK:
+        found = _BOUNDED.get(w_NK)
+        if found is None or not found[1].holds(w_NK):
+            largest = int(plain.to(torch.int32).abs().sum(dim=1).max()) if w_NK.numel() else 0
+            found = _BOUNDED[w_NK] = (127 * largest < 2**24, TensorState.of(w_NK))
+        return found[0]
 
 
 def _fp32_samples(device: torch.device) -> Iterator[Sample]:
@@ -166,7 +180,7 @@ MATMUL_F32S8 = register(
         name="matmul_f32s8",
         schema="(Tensor x, Tensor w) -> Tensor",
         reference=matmul_f32s8,
-        fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0])),
+        fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32),
         samples=_fp32_samples,
     )
 )

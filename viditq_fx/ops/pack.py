@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from viditq_fx.ops.base import QuantOp, Sample, register
+from viditq_fx.ops.blocked import plain_weight
 
 
 def _check(w: Tensor, op: str) -> None:
@@ -44,6 +45,15 @@ def unpack_int8(w_packed: Tensor, depth: int) -> Tensor:
     return w_packed[:, :depth].clone(memory_format=torch.contiguous_format)
 
 
+def read_int8(w: Tensor) -> Tensor:
+    """A copy of the integers that the key `w` stands for (see `blocked`), for code that is compiled.
+
+    Raises ValueError for another dtype or rank than int8 [N, K].
+    """
+    _check(w, "read_int8")
+    return plain_weight(w).clone(memory_format=torch.contiguous_format)
+
+
 def _weights(device: torch.device) -> Iterator[tuple[str, Tensor]]:
     gen = torch.Generator(device=device).manual_seed(0)
     for rows, depth in ((8, 32), (5, 17), (3, 1)):
@@ -54,6 +64,11 @@ def _weights(device: torch.device) -> Iterator[tuple[str, Tensor]]:
 def _pack_samples(device: torch.device) -> Iterator[Sample]:
     for label, w in _weights(device):
         yield Sample(label=label, args=(w, 16))
+
+
+def _read_samples(device: torch.device) -> Iterator[Sample]:
+    for label, w in _weights(device):
+        yield Sample(label=label, args=(w,))
 
 
 def _unpack_samples(device: torch.device) -> Iterator[Sample]:
@@ -68,6 +83,15 @@ PACK_INT8 = register(
         reference=pack_int8,
         fake=lambda w, multiple: w.new_empty((w.shape[0], w.shape[1] + -w.shape[1] % multiple)),
         samples=_pack_samples,
+    )
+)
+READ_INT8 = register(
+    QuantOp(
+        name="read_int8",
+        schema="(Tensor w) -> Tensor",
+        reference=read_int8,
+        fake=lambda w: w.new_empty(w.shape),
+        samples=_read_samples,
     )
 )
 UNPACK_INT8 = register(

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.errors import ReleasedWeightError
-from viditq_fx.ops.packed_weights import is_released, mark_released
+from viditq_fx.ops.packed_weights import is_released, mark_released, name_of
+from viditq_fx.ops.tensor_state import LOCK
 
 _TILE_BYTES = 16 << 20
 _MAP_FIXED = 0x10
@@ -50,6 +51,8 @@ def why_not_release(weight: Tensor, owners: Iterable[nn.Module]) -> str | None:
         return f"weights on {weight.device.type} cannot be released"
     if weight.device.type == "cpu" and not sys.platform.startswith("linux"):
         return "releasing CPU weights needs Linux"
+    if weight.is_inference():
+        return "it was made under torch.inference_mode(), so loading it again could not be noticed"
     if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
         return "its memory is shared with other tensors (a view of a larger storage)"
     readers = [type(m).__name__ for m in owners if not isinstance(m, nn.Linear)]
@@ -58,38 +61,46 @@ def why_not_release(weight: Tensor, owners: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def release(weight: Tensor, name: str, owners: Iterable[nn.Module]) -> None:
+def release(weight: Tensor, owners: Iterable[nn.Module]) -> None:
     """Give back the memory of a packed weight; call `why_not_release` first.
 
     Raises OSError when the address space cannot be mapped; the weight is then untouched.
     """
-    if is_released(weight):
-        return
-    with torch.no_grad():
+    with LOCK, torch.inference_mode(False), torch.no_grad():
+        if is_released(weight):
+            return
         if weight.device.type == "cpu":
             weight.data = _nan_tensor(weight)
         else:
             weight.untyped_storage().resize_(0)
-    mark_released(weight)
-    for module in owners:
-        _guard(module, weight, name)
+        mark_released(weight)
+        for module in owners:
+            if refuse_released not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(refuse_released)
+                module.register_state_dict_pre_hook(refuse_released)
 
 
-def _guard(module: nn.Module, weight: Tensor, name: str) -> None:
-    """Refuse eager use and saving of a module whose weight is gone."""
-    reference = weakref.ref(weight)
+def refuse_released(module: nn.Module, *_: object) -> None:
+    """Hook that refuses eager use and saving of a module while a weight of its own is gone.
 
-    def refuse(*_: object, **__: object) -> None:
-        held = reference()
-        if torch.compiler.is_compiling() or held is None or not is_released(held):
-            return
-        raise ReleasedWeightError(
-            f"{name}: its full-precision memory was released (weights='release'). Call the compiled model, "
-            "or use viditq_fx.quantize_(model, ...) for a model that runs, moves and saves in int8"
-        )
+    Looks at the module that it is called for: modules are copied and pickled with their hooks, and
+    a copy's weight is NaN, of its own, until a checkpoint is loaded.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for weight in module._parameters.values():
+        if weight is not None and (is_released(weight) or _was_copied_from_released(weight)):
+            raise ReleasedWeightError(
+                f"{name_of(weight)}: its full-precision memory was released (weights='release'). Call the compiled "
+                "model, load a checkpoint, or use viditq_fx.quantize_(model, ...) for a model that runs, moves, "
+                "copies and saves in int8"
+            )
 
-    module.register_forward_pre_hook(refuse)
-    module.register_state_dict_pre_hook(refuse)
+
+def _was_copied_from_released(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
+        return False
+    return bool(torch.isnan(weight.detach()[:1, :1]).all())
 
 
 def _nan_tensor(like: Tensor) -> Tensor:
