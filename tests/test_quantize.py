@@ -1,7 +1,9 @@
 """quantize_: int8 modules that run eagerly and compiled, move, copy, save and load."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -230,3 +232,51 @@ def test_nothing_traced_is_an_error():
     model = tiny_dit(1)
     with torch._dynamo.config.patch(disable=True), pytest.raises(ViditqError, match="captured no graph"):
         vq.quantize_(model, tiny_inputs())
+
+
+def test_unseen_linears_are_named_and_strict_raises():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.unused, self.hidden = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        @torch.compiler.disable
+        def outside(self, x):
+            return self.hidden(x)
+
+        def forward(self, x):
+            return self.outside(self.seen(x))
+
+    model, x = Partly().requires_grad_(False), torch.randn(40, 64)
+    with pytest.raises(
+        StrictError, match=r"2 sites were refused:\n  unused: no graph .*\n  hidden: no graph"
+    ):
+        vq.quantize_(model, (x,), strict=True)
+    assert not int8_layers(model)
+    report = vq.quantize_(model, (x,), strict=True, keep=["unused", "hid*"])
+    assert not report.rejects
+    model = Partly().requires_grad_(False)
+    report = vq.quantize_(model, (x,))
+    assert [line.partition(":")[0] for line in report.rejects] == ["unused", "hidden"]
+    assert int8_layers(model) == ["seen"]
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_full_precision_weights_are_not_kept_alive(breaks):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            x = self.a(x)
+            if breaks:
+                torch._dynamo.graph_break()
+            return self.b(x)
+
+    model = Two().requires_grad_(False)
+    weights = [weakref.ref(model.a.weight), weakref.ref(model.b.weight)]
+    vq.quantize_(model, (torch.randn(40, 64),))
+    gc.collect()
+    assert int8_layers(model) == ["a", "b"]
+    assert [weight() for weight in weights] == [None, None]

@@ -14,6 +14,7 @@ from viditq_fx.options import split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.normalize import Normalize
+from viditq_fx.passes.policy import keeps
 from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme
@@ -35,9 +36,9 @@ def quantize_(
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
     precision. The model then runs eagerly and compiled, moves, copies and saves in int8.
 
-    Returns the report of every site. Raises SchemeError or OptionError for wrong arguments,
-    ViditqError without an example call, StrictError for a refused site under `strict=True`; in each
-    case the model is as it was.
+    Returns the report of every site; its `rejects` name each nn.Linear that no graph of the call showed.
+    Raises SchemeError or OptionError for wrong arguments, ViditqError without an example call,
+    StrictError for a refused or unseen linear under `strict=True`; in each case the model is as it was.
     """
     options, _ = split_options({"scheme": scheme, "keep": keep, "strict": strict})
     if not isinstance(model, nn.Module):
@@ -49,13 +50,16 @@ def quantize_(
             "in full precision are found by running the model once"
         )
     report = CompileReport(scheme=str(options.scheme), device=_device_of(model))
-    plans = _trace(model, args, kwargs or {}, options.scheme, options.keep, report)
+    plans = _trace(model, args, kwargs or {}, _Capture(options.scheme, options.keep, report))
     chosen = _choose(model, plans)
+    unseen = _unseen(model, plans, options.keep)
+    report.rejects += [f"{fqn}: {_UNSEEN}" for fqn in unseen]
     if options.strict:
-        refused = [e for entries in plans.values() for _, e in entries if e.planned and e.reason]
+        sites = (entry for entries in plans.values() for _, entry in entries)
+        refused = [f"  {entry.fqn}: {entry.reason}" for entry in sites if entry.planned and entry.reason]
+        refused += [f"  {fqn}: {_UNSEEN}; name it in keep= where that is meant" for fqn in unseen]
         if refused:
-            lines = "\n".join(f"  {entry.fqn}: {entry.reason}" for entry in refused)
-            raise StrictError(f"strict=True: {len(refused)} planned sites were refused:\n{lines}")
+            raise StrictError(f"strict=True: {len(refused)} sites were refused:\n" + "\n".join(refused))
     _swap(model, chosen, options.scheme)
     return report
 
@@ -63,37 +67,54 @@ def quantize_(
 _Plans = dict[int, list[tuple[Tensor, SiteReport]]]
 
 
-def _trace(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    scheme: QuantScheme,
-    keep: tuple[str, ...],
-    report: CompileReport,
-) -> _Plans:
-    """Run the model once under Dynamo; plan every linear of every graph that it captures."""
-    plans: _Plans = {}
-    graphs: list[fx.GraphModule] = []
+class _Capture:
+    """Backend of the one traced call: plans every linear of every graph, and runs the graphs as they are.
 
-    def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+    Dynamo keeps a backend for as long as the process lives, so it gives everything up afterwards.
+    """
+
+    def __init__(self, scheme: QuantScheme, keep: tuple[str, ...], report: CompileReport) -> None:
+        self._scheme, self._keep, self._report = scheme, keep, report
+        self._plans: _Plans = {}
+        self._graphs: list[fx.GraphModule] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         from viditq_fx.graph_edit import copy_graph_module
 
         annotated = copy_graph_module(gm)
-        ctx = PassContext(scheme=scheme, keep=keep, report=report)
+        ctx = PassContext(scheme=self._scheme, keep=self._keep, report=self._report)
         Normalize().run(annotated, ctx)
         AnnotateSites().run(annotated, ctx)
-        graphs.append(gm)
         positions = {n.name: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
         for node in annotated.graph.nodes:
             entry = ctx.sites.get(node.name)
             weight = node.args[1] if entry is not None and len(node.args) > 1 else None
             if entry is not None and isinstance(weight, fx.Node) and weight.name in positions:
                 tensor = example_inputs[positions[weight.name]]
-                plans.setdefault(id(tensor), []).append((tensor, entry))
-        return gm.forward
+                self._plans.setdefault(id(tensor), []).append((tensor, entry))
+        index = len(self._graphs)
+        self._graphs.append(gm)
+        return lambda *args: self._graphs[index].forward(*args)
 
-    with torch.no_grad():
-        torch.compile(_fresh_call(model), backend=capture)(*args, **kwargs)
+    def take(self) -> tuple[_Plans, int]:
+        """(the plans, how many graphs were captured); nothing of the model is held afterwards."""
+        plans, graphs = self._plans, len(self._graphs)
+        self._plans, self._graphs, self._report = {}, [], CompileReport(scheme="", device="")
+        return plans, graphs
+
+
+def _trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    capture: _Capture,
+) -> _Plans:
+    """Run the model once under Dynamo; plan every linear of every graph that it captures."""
+    try:
+        with torch.no_grad():
+            torch.compile(_fresh_call(model), backend=capture)(*args, **kwargs)
+    finally:
+        plans, graphs = capture.take()
     if not graphs:
         raise ViditqError(
             "quantize_: Dynamo captured no graph of this call, so no linear was found; check that torch.compile is "
@@ -143,6 +164,23 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
             if entry.done:
                 entry.bytes_packed = entry.depth * entry.width + 4 * entry.width
     return chosen
+
+
+_UNSEEN = (
+    "no graph of the call shows this nn.Linear (not called, or called where Dynamo or the passes do not look)"
+)
+
+
+def _unseen(model: nn.Module, plans: _Plans, keep: tuple[str, ...]) -> list[str]:
+    """Paths of the linears that the traced call did not show, and that no pattern keeps."""
+    unseen: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) not in plans:
+            depth, width = module.in_features, module.out_features
+            site = SiteReport(fqn=site_of_module(path).fqn, role="", rows="", depth=depth, width=width)
+            if not any(keeps(pattern, site) for pattern in keep):
+                unseen.append(site.fqn)
+    return unseen
 
 
 def _why_not(module: nn.Module) -> str | None:
