@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -258,3 +259,11 @@ def test_weight_dtype_follows_the_model(start):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert layer.to(dtype).weight.dtype == dtype
     assert layer.weight_scale.dtype == torch.float32
+
+
+def test_copies_of_tied_layers_stay_tied():
+    layer = QuantLinear.from_linear(nn.Linear(64, 64).requires_grad_(False), W8A8)
+    tied = nn.Sequential(layer, QuantLinear(layer._weight_q, layer.weight_scale, None, W8A8, torch.float32))
+    assert tied[0]._weight_q is tied[1]._weight_q
+    for other in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
+        assert other[0]._weight_q is other[1]._weight_q

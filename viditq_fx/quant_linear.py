@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from viditq_fx import ops
 from viditq_fx.errors import ViditqError, WeightError
-from viditq_fx.ops.blocked import is_owned, keep_plain, own, plain_weight, resident_bytes, restore
+from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
 from viditq_fx.ops.quantize import dequantize_per_channel, quantize_per_channel
 from viditq_fx.scheme import QuantScheme
 
@@ -180,7 +180,6 @@ class QuantLinear(nn.Module):
 
     def _load_weight(self, found: dict[str, Tensor], assign: bool) -> str | None:
         """Take what a state dict holds for the weight; returns why not, and then nothing is changed."""
-        shape = (self.out_features, self.in_features)
         problem = self._why_not_load(found, assign)
         if problem is not None:
             return problem
@@ -190,7 +189,6 @@ class QuantLinear(nn.Module):
             q, scale = found["weight_q"], found["weight_scale"]
         if not bool(torch.isfinite(scale).all()):
             return f"{'weight' if 'weight' in found else 'weight_scale'}: holds NaN or infinity"
-        assert q.shape == shape
         if assign:
             self._set_key(own(q))
             self._weight_scale = scale.detach()
@@ -227,7 +225,7 @@ class QuantLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._set_key(self._weight_q)
+        self._set_key(adopt(self._weight_q))  # tied layers were copied with one tensor, and keep one
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"weight", "weight_q", "weight_scale"}:

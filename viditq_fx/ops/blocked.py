@@ -47,6 +47,15 @@ def own(w_NK: Tensor) -> Tensor:
     return key
 
 
+def adopt(w_NK: Tensor) -> Tensor:
+    """`w_NK` itself as a key, where nobody else holds it (a copied or unpickled one); else as `own`."""
+    if w_NK.is_inference() or not w_NK.is_contiguous():
+        return own(w_NK)
+    with LOCK:
+        _OWNED[w_NK] = True
+    return w_NK
+
+
 def is_owned(w_NK: Tensor) -> bool:
     """Whether `w_NK` is a key that `own` made."""
     return w_NK in _OWNED
