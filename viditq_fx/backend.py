@@ -64,7 +64,7 @@ def _compile_quantized(
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
     quantized = copy_graph_module(gm)
-    ctx = PassContext(scheme=ours.scheme, keep=ours.keep, report=report)
+    ctx = PassContext(scheme=ours.scheme, keep=ours.keep, attention=ours.attention, report=report)
     PassPipeline(passes=default_passes(), observer=_trace).run(quantized, ctx)
     if ours.strict:
         _raise_refusals(report)
@@ -84,7 +84,7 @@ def _compile_quantized(
     sources = _source_names(original)
     compiled = compile_with_kernels(quantized, values, inductor)
     for name, entry in ctx.sites.items():
-        if entry.done is not None:
+        if entry.done is not None and entry.kernel is None:
             choice = compiled.choice(name, entry.fqn)
             entry.kernel, entry.reason = choice.kernel, choice.reason or entry.reason
     return CompiledGraph(
@@ -184,7 +184,11 @@ def _refuse_graph(report: CompileReport, reason: str, options: CompileOptions) -
 
 
 def _raise_refusals(report: CompileReport) -> None:
-    refused = [entry for entry in report.sites if entry.planned is not None and entry.done is None]
+    refused = [
+        entry
+        for entry in (*report.sites, *report.attention)
+        if entry.planned is not None and entry.done is None
+    ]
     if refused:
         lines = "\n".join(f"  {entry.fqn}: {entry.reason}" for entry in refused)
         raise StrictError(

@@ -11,6 +11,7 @@ from viditq_fx.errors import OptionError
 from viditq_fx.scheme import QuantScheme
 
 WEIGHTS_MODES = ("keep", "release")
+ATTENTION_MODES = ("auto", "int8", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class CompileOptions:
     weights: str = "keep"
     """"keep": full-precision weights stay as they are, packed ones are added. "release": their memory
     is given back once they are packed; the model then runs only through its compiled form."""
+    attention: str = "auto"
+    """"auto": quantize attention where a kernel of ours is faster than SDPA. "int8": wherever its form allows,
+    by the reference where there is no kernel (slow). "keep": leave SDPA alone."""
     mode: str | None = None
     """Inductor's mode ("max-autotune", ...): torch.compile forbids `mode=` beside `options=`."""
 
@@ -58,6 +62,8 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
         raise OptionError(f"option 'strict' is True or False, not {ours['strict']!r}")
     if ours.get("weights", "keep") not in WEIGHTS_MODES:
         raise OptionError(f"option 'weights' is one of {WEIGHTS_MODES}, not {ours['weights']!r}")
+    if ours.get("attention", "auto") not in ATTENTION_MODES:
+        raise OptionError(f"option 'attention' is one of {ATTENTION_MODES}, not {ours['attention']!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
     return CompileOptions(**ours), rest

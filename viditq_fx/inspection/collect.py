@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from viditq_fx.backend import read_options
 from viditq_fx.errors import ViditqError
+from viditq_fx.inspection.files import check_writable, write_text
+from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, trace
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
+from viditq_fx.options import CompileOptions, split_options
+from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.work import ATTENTION
 from viditq_fx.quant_linear import QuantLinear
-from viditq_fx.report import PassTrace, SiteReport
+from viditq_fx.report import CompileReport, PassTrace, SiteReport
 from viditq_fx.runtime import Execution, executions
+from viditq_fx.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from viditq_fx.inspection.flow_graph import FlowGraph
 
 
 @dataclass(kw_only=True)
@@ -55,6 +68,8 @@ class ExplainReport:
     passes: list[PassTrace] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     """Linears of the model that no compiled graph runs: dead for this input, or run eagerly."""
+    snapshots: list[Snapshot] = field(default_factory=list)
+    """The graphs before and after each pass, under `explain(..., graphs=True)`."""
     model_bytes: int = 0
     """Bytes of memory of the model's parameters and buffers and of all packed weights now."""
     model_bytes_before: int = 0
@@ -93,23 +108,81 @@ class ExplainReport:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one HTML page that needs nothing beside itself; it shows graphs if the report has them.
+
+        Raises ViditqError where the file cannot be written, or without jinja2.
+        """
+        from viditq_fx.inspection.page import render_page
+
+        check_writable(path)
+        return write_text(path, render_page(self))
+
+    def to_svg(
+        self, path: str | os.PathLike[str], *, block: str | None = None, after: str | None = None
+    ) -> Path:
+        """Write a picture of one block (its path; by default one with most quantized sites) after a pass.
+
+        `after` is "captured", the name of a pass, or None for the last. Raises ViditqError where there
+        is no such block or pass, or the file cannot be written.
+        """
+        from viditq_fx.inspection.drawing import to_svg
+
+        check_writable(path)
+        return write_text(path, to_svg(self.flow_graph(block, after)))
+
+    def to_dot(
+        self, path: str | os.PathLike[str], *, block: str | None = None, after: str | None = None
+    ) -> Path:
+        """Write the same block as Graphviz text."""
+        from viditq_fx.inspection.drawing import to_dot
+
+        check_writable(path)
+        return write_text(path, to_dot(self.flow_graph(block, after)))
+
+    def flow_graph(self, block: str | None = None, after: str | None = None) -> FlowGraph:
+        """One block after one pass, ready to draw; see to_svg."""
+        from viditq_fx.inspection.blocks import choose_block, find_blocks
+        from viditq_fx.inspection.flow_graph import flow_graph
+
+        if not self.snapshots:
+            raise ViditqError("this report holds no graphs: call explain(..., graphs=True)")
+        blocks = find_blocks(self.snapshots)
+        chosen = choose_block(blocks, block)
+        if chosen is None:
+            names = ", ".join(repr(name) for b in blocks for name in (b.name, *b.alike))
+            raise ViditqError(f"no block {block!r}; there are {names}")
+        stage = next((s for s in chosen.stages if s.after == after), None if after else chosen.stages[-1])
+        if stage is None:
+            raise ViditqError(f"no pass {after!r}; there are {', '.join(s.after for s in chosen.stages)}")
+        return flow_graph(chosen, stage)
+
     def __str__(self) -> str:
         from viditq_fx.inspection.render import render_text
 
         return render_text(self)
 
 
-def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> ExplainReport:
+def explain(
+    model: Any, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **kwargs: Any
+) -> ExplainReport:
     """Run `model` once on `args` and `kwargs` and report every site of every viditq graph that ran.
 
     `model` is a compiled model (torch.compile with backend="viditq", also regionally), or a plain
     module, which is then compiled with `options`. What is reported is what ran: the graphs tell.
+    With `graphs=True` the plain model runs once more, eagerly, to show every graph before and after
+    each pass; without, no graph is kept.
     Raises OptionError for a wrong option, ViditqError when no viditq graph ran or `options`
-    is given for a compiled model.
+    is given for a compiled model, or graphs are asked for and its weights are released.
     """
     read_options(options)  # a wrong option is an error of ours, not one wrapped by torch.compile
-    compiled = model
+    compiled, plain = model, getattr(model, "_orig_mod", model)
+    if graphs:
+        check_traceable(plain)
+    traced = None
     if isinstance(model, nn.Module) and not _is_compiled(model):
+        if graphs:  # before it is compiled: releasing its weights would leave nothing to trace
+            traced = trace(plain, args, kwargs, partial(_context, split_options(options)[0]))
         compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
     elif options:
         raise ViditqError(
@@ -122,7 +195,35 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
             "explain: no viditq graph ran; compile the model with torch.compile(model, backend='viditq') and "
             "check that torch.compile is not disabled"
         )
-    return _gather(model, ran)
+    report = _gather(model, ran)
+    if graphs:
+        traced = traced or trace(plain, args, kwargs, partial(_context, _options_of(report)))
+        report.snapshots = traced.snapshots(
+            {
+                (site.fqn, site.role == ATTENTION): Outcome(
+                    role=site.role, outcome=site.outcome, reason=site.reason
+                )
+                for site in (*report.sites, *report.attention)
+            }
+        )
+    return report
+
+
+def _context(options: CompileOptions) -> PassContext:
+    report = CompileReport(scheme=str(options.scheme), device="")
+    return PassContext(scheme=options.scheme, keep=options.keep, attention=options.attention, report=report)
+
+
+def _options_of(report: ExplainReport) -> CompileOptions:
+    """The options of a model compiled elsewhere, as far as passes depend on them, from what they did."""
+    sites = (*report.sites, *report.attention)
+    kept = (s for s in sites if s.outcome == "kept" and (s.reason or "").startswith("kept by pattern"))
+    forced = any(site.planned for site in report.attention)
+    return CompileOptions(
+        scheme=QuantScheme.parse(report.schemes[0]),
+        keep=tuple(glob.escape(site.fqn) for site in kept),
+        attention="int8" if forced else "keep",
+    )
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -213,7 +314,8 @@ def _model_bytes(module: nn.Module) -> tuple[int, int]:
     """(bytes in memory now, bytes in full precision) of a model's tensors, shared storage counted once."""
     now, before, seen = 0, 0, set()
     quantized = {id(m._weight_q): m for m in module.modules() if isinstance(m, QuantLinear)}
-    for tensor in (*module.parameters(), *module.buffers()):
+    keys = (layer._weight_q for layer in quantized.values())  # plain attributes: see ops.blocked
+    for tensor in (*module.parameters(), *module.buffers(), *keys):
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))

@@ -1,6 +1,7 @@
 """The op dialect: what passes produce and lowerings consume, defined once with its meaning."""
 
 from viditq_fx.ops.activation import ACTIVATION_QUANTIZE
+from viditq_fx.ops.attention import ATTENTION_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
@@ -15,6 +16,7 @@ from viditq_fx.ops.quantize import (
 
 __all__ = [
     "ACTIVATION_QUANTIZE",
+    "ATTENTION_INT8",
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_TOKEN",
     "LINEAR_EPILOGUE",

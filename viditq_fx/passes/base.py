@@ -35,6 +35,8 @@ class PassContext:
 
     scheme: QuantScheme
     keep: tuple[str, ...] = ()
+    attention: str = "auto"
+    """"auto", "int8" or "keep", as in CompileOptions."""
     report: CompileReport = field(default_factory=lambda: CompileReport(scheme="", device=""))
     sites: dict[str, SiteReport] = field(default_factory=dict)
     """Node name of each annotated site -> its report."""

@@ -17,6 +17,7 @@ from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
 from viditq_fx.passes.insert_qdq import InsertQdq
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.place_weights import PlaceWeights
+from viditq_fx.passes.quantize_attention import AnnotateAttention, QuantizeAttention
 from viditq_fx.passes.verify import verify
 from viditq_fx.passes.work import count_work
 from viditq_fx.report import PassTrace
@@ -58,7 +59,7 @@ class PassPipeline:
                 )
             )
             _log(ctx.report.passes[-1], results)
-            if step.name == AnnotateSites.name:
+            if step.name == AnnotateAttention.name:
                 count_work(gm.graph, ctx)
             if self.observer is not None:
                 self.observer(step.name, gm)
@@ -80,9 +81,11 @@ def default_passes() -> tuple[Pass, ...]:
     return (
         Normalize(),
         AnnotateSites(),
+        AnnotateAttention(),
         InsertQdq(),
         FuseLinear(),
         FuseNormQuantize(),
         FuseActivationQuantize(),
+        QuantizeAttention(),
         PlaceWeights(),
     )

@@ -18,6 +18,7 @@ from viditq_fx import ops
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject, WeightSlot
+from viditq_fx.passes.effects import op_name
 
 SLOT_KEY = "viditq_slot"
 """Key of a placeholder's meta: this input holds a packed weight or its scales."""
@@ -84,6 +85,6 @@ def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Nod
 def _fill_bytes(gm: fx.GraphModule, ctx: PassContext) -> None:
     for node in gm.graph.nodes:
         entry = ctx.sites.get(node.name)
-        if entry is not None and entry.done is not None and len(node.args) > 3:
+        if entry is not None and entry.done is not None and op_name(node).startswith("linear_w"):
             tensors = [example(a) for a in node.args[2:4] if isinstance(a, fx.Node)]
             entry.bytes_packed = sum(t.numel() * t.element_size() for t in tensors)

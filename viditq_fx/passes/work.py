@@ -16,12 +16,12 @@ from viditq_fx.passes.annotate_sites import fqn_of_node, hint
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import DataFlow
 from viditq_fx.passes.effects import op_name
-from viditq_fx.passes.roles import ATTENTION_NAMES, MATMULS
+from viditq_fx.passes.roles import ATTENTION_NAMES, MATMULS, is_pointwise_conv
 from viditq_fx.report import SiteReport
 
 ATTENTION = "attention"
 """Role of an attention call in a report."""
-_NOT_QUANTIZED = "attention runs in full precision: only linears are quantized"
+_NOT_QUANTIZED = "a product of two activations, or attention in a call of its own: no softmax attention that we know"
 _OPERANDS = ("query", "key", "value")
 _PRODUCTS = MATMULS - {"einsum", "baddbmm", "addmm"}
 
@@ -67,9 +67,9 @@ def _known(size: Any) -> int:
 
 def _linear_shape(node: fx.Node, entry: SiteReport) -> _Shape | None:
     value = example(node)
-    if not isinstance(value, torch.Tensor) or not entry.width or entry.width not in value.shape:
+    if not isinstance(value, torch.Tensor) or not entry.width:
         return None
-    channel = value.dim() - 1 if value.shape[-1] == entry.width else 1  # a convolution has them second
+    channel = 1 if is_pointwise_conv(node) else value.dim() - 1
     rows = tuple(size for axis, size in enumerate(value.shape) if axis != channel)
     return rows, entry.depth, entry.width, 1
 

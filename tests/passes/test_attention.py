@@ -1,0 +1,145 @@
+"""Softmax attention: every call form is read, planned or refused with a reason, and rewritten."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import viditq_fx as vq
+from tests.small_models import capture, relative_error, targets
+from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.pipeline import PassPipeline, default_passes
+from viditq_fx.scheme import QuantScheme
+
+WIDTH, HEADS = 64, 2
+
+
+class Attention(nn.Module):
+    """Projections, what a case puts between them and attention, attention."""
+
+    def __init__(self, attend, between=lambda t: t, kv_heads=HEADS):
+        super().__init__()
+        head = WIDTH // HEADS
+        self.q, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, kv_heads * head) for _ in range(2))
+        self.norm, self.attend, self.between = nn.RMSNorm(head), attend, between
+
+    def forward(self, x, other=None):
+        other = x if other is None else other
+        head = WIDTH // HEADS
+        q, k, v = (
+            p(t).unflatten(-1, (-1, head)).transpose(1, 2)
+            for p, t in ((self.q, x), (self.k, other), (self.v, other))
+        )
+        q, k = self.between(q), self.between(k)
+        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2)) + x
+
+
+def report_of(model, *inputs, attention="int8", keep=()):
+    gm = capture(model.eval().requires_grad_(False), *inputs)
+    ctx = PassContext(scheme=QuantScheme.parse("w8a8"), attention=attention, keep=keep)
+    PassPipeline(passes=default_passes()).run(gm, ctx)
+    return gm, ctx.report.attention
+
+
+def masked(mask):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask)
+
+
+TABLE = torch.randn(20, WIDTH // HEADS)
+# attend, between, heads of k and v, what the report says
+FORMS = {
+    "positional": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), None, HEADS, "self"),
+    "keywords": (
+        lambda q, k, v: F.scaled_dot_product_attention(value=v, key=k, query=q, is_causal=True, scale=0.2),
+        None,
+        HEADS,
+        "self, causal",
+    ),
+    "bool mask": (masked(torch.ones(20, 20).tril().bool()), None, HEADS, "self, bool mask"),
+    "additive mask": (masked(torch.randn(1, 1, 20, 20)), None, HEADS, "self, additive mask"),
+    "grouped": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        None,
+        1,
+        "self, GQA",
+    ),
+    "normed": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        lambda t: F.layer_norm(t, (WIDTH // HEADS,)),
+        HEADS,
+        "self, qk layer_norm",
+    ),
+    "rotated": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        lambda t: t * TABLE.cos() + t.flip(-1) * TABLE.sin(),
+        HEADS,
+        "self, RoPE",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_recognised_and_rewritten(name, monkeypatch):
+    attend, between, heads, form = FORMS[name]
+    torch.manual_seed(0)
+    model, x = Attention(attend, between or (lambda t: t), heads), torch.randn(2, 20, WIDTH)
+    gm, (entry,) = report_of(model, x)
+    assert (entry.prologue, entry.done, entry.reason) == (form, "int8-qk", None)
+    assert "attention_int8" in targets(gm)
+    assert "scaled_dot_product_attention" not in targets(gm)
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    with torch.no_grad():
+        got = torch.compile(model, backend="viditq", options={"attention": "int8"})(x)
+    assert 0 < relative_error(got, model(x)) < 0.02
+
+
+def test_cross_attention_is_told_from_self():
+    model = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    _, (entry,) = report_of(model, torch.randn(2, 20, WIDTH), torch.randn(2, 33, WIDTH))
+    assert entry.prologue == "cross"
+    assert (entry.rows, entry.depth, entry.width) == (str(2 * HEADS * 20), WIDTH // HEADS, 33)
+
+
+@pytest.mark.parametrize(
+    ("attend", "options", "reason"),
+    [
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), {"attention": "auto"}, "SDPA is faster"),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), {"attention": "keep"}, "attention='keep'"),
+        (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+            {"keep": ("attention",)},
+            "kept by pattern",
+        ),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), {}, "dropout"),
+        (
+            lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()).float(),
+            {},
+            "float64",
+        ),
+        (lambda q, k, v: q.relu() @ (k.relu().mT @ v), {}, "product of two activations"),
+    ],
+)
+def test_what_stays_says_why(attend, options, reason):
+    gm, entries = report_of(Attention(attend), torch.randn(2, 20, WIDTH), **options)
+    assert all(reason in entry.reason and entry.done is None for entry in entries)
+    assert entries
+    assert "attention_int8" not in targets(gm)
+
+
+def test_generated_code_and_dynamic_sizes():
+    """Through Inductor: one graph for two lengths, the reference as its kernel, named so in the report."""
+    torch.manual_seed(0)
+    model = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v)).requires_grad_(False)
+    call = torch.compile(model, backend="viditq", options={"attention": "int8"}, dynamic=True, fullgraph=True)
+    for tokens in (20, 33):
+        x = torch.randn(2, tokens, WIDTH)
+        assert relative_error(call(x), model(x)) < 0.02
+    report = vq.explain(call, x)
+    assert report.graphs == 1
+    assert [site.kernel for site in report.attention] == ["reference: int8 values, fp32 arithmetic"]
+
+
+def test_a_wrong_mode_is_a_clear_error():
+    with pytest.raises(vq.OptionError, match="option 'attention' is one of"):
+        vq.explain(nn.Linear(64, 64), torch.randn(20, 64), options={"attention": "sage"})

@@ -1,0 +1,140 @@
+"""Recognise every softmax attention, plan it, and rewrite what is planned.
+
+scaled_dot_product_attention(q, k, v, ...)  ->  attention_int8(q, k, v, mask, is_causal, scale, enable_gqa)
+
+A call stays SDPA, with its reason, where no kernel of ours is faster or its form cannot be honoured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.graph_edit import call, example
+from viditq_fx.ops.attention import MAX_HEAD
+from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node, hint
+from viditq_fx.passes.attention_form import AttentionForm, is_sdpa, read_attention
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.dataflow import DataFlow
+from viditq_fx.passes.pattern import arguments, constant
+from viditq_fx.passes.policy import keeps
+from viditq_fx.report import SiteReport
+from viditq_fx.site import Site
+
+ROLE = "attention"
+SCHEME = "int8-qk"
+FORM_KEY = "viditq_attention"
+"""Key of an attention node's meta that holds its AttentionForm."""
+KERNEL = "reference: int8 values, fp32 arithmetic"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateAttention(Pass):
+    """Give each softmax attention a Site, its form, and a plan or a reason."""
+
+    name: ClassVar[str] = "annotate_attention"
+    changes_numerics: ClassVar[bool] = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        results: list[Match | Reject] = []
+        flow: DataFlow | None = None
+        for node in gm.graph.nodes:
+            if is_sdpa(node) and node.name not in ctx.sites:
+                flow = flow or DataFlow(gm.graph)
+                results.append(_annotate(node, read_attention(node, flow), ctx))
+        return tuple(results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeAttention(Pass):
+    """Rewrite the planned attention calls."""
+
+    name: ClassVar[str] = "quantize_attention"
+    changes_numerics: ClassVar[bool] = True
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        results: list[Match | Reject] = []
+        for node in [n for n in gm.graph.nodes if FORM_KEY in n.meta and is_sdpa(n)]:
+            entry, form = ctx.sites[node.name], node.meta[FORM_KEY]
+            if entry.planned is None or entry.reason is not None:
+                continue
+            scale = constant(form.scale)
+            options = (form.is_causal, None if scale is None else float(scale), form.enable_gqa)
+            with gm.graph.inserting_before(node):
+                fused = call(gm.graph, ops.ATTENTION_INT8.overload, (*_operands(node), *options), node)
+            fused.meta[SITE_KEY], fused.meta[FORM_KEY] = node.meta[SITE_KEY], form
+            node.replace_all_uses_with(fused)
+            gm.graph.erase_node(node)
+            del ctx.sites[node.name]
+            ctx.sites[fused.name] = entry
+            entry.done, entry.kernel = SCHEME, KERNEL
+            results.append(Match(site=fused.meta[SITE_KEY], detail=str(form)))
+        return tuple(results)
+
+
+def _operands(node: fx.Node) -> tuple[object, ...]:
+    """Query, key, value and mask as the graph has them now: a pass may have replaced what was read."""
+    given = arguments(node, ("query", "key", "value", "attn_mask"), attn_mask=None)
+    return tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
+
+
+def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext) -> Match | Reject:
+    site = Site(fqn_of_node(node), ROLE)
+    entry = _describe(node, form)
+    node.meta[SITE_KEY], node.meta[FORM_KEY] = site, form
+    ctx.sites[node.name] = entry
+    ctx.report.attention.append(entry)
+    entry.reason = _reason_to_keep(entry, node, ctx)
+    if entry.reason is None:
+        entry.planned = SCHEME
+        entry.reason = _why_impossible(form)
+    return (
+        Match(site=site, detail=str(form)) if entry.reason is None else Reject(site=site, reason=entry.reason)
+    )
+
+
+def _describe(node: fx.Node, form: AttentionForm) -> SiteReport:
+    q, k = example(form.query).shape, example(form.key).shape
+    return SiteReport(
+        fqn=fqn_of_node(node),
+        role=ROLE,
+        rows=str(math.prod(q[:-1])),
+        depth=hint(q[-1]) or 0,
+        width=hint(k[-2]) or 0,
+        prologue=str(form),
+    )
+
+
+def _reason_to_keep(entry: SiteReport, node: fx.Node, ctx: PassContext) -> str | None:
+    for pattern in ctx.keep:
+        if keeps(pattern, entry):
+            return f"kept by pattern {pattern!r}"
+    if ctx.attention == "keep":
+        return "kept by option attention='keep'"
+    if ctx.attention == "auto":
+        device = example(node).device.type
+        return (
+            f"no int8 attention kernel of ours for {device} yet: SDPA is faster (attention='int8' forces it)"
+        )
+    return None
+
+
+def _why_impossible(form: AttentionForm) -> str | None:
+    operands = (form.query, form.key, form.value)
+    values = [example(operand) for operand in operands]
+    if constant(form.dropout) not in (0, 0.0):
+        return f"attention dropout {form.dropout}: for training"
+    if any(value.dtype not in _DTYPES for value in values):
+        return f"operands of {sorted({str(v.dtype) for v in values})}: fp32, bf16 and fp16 are quantized"
+    head = values[0].shape[-1]
+    if min(value.dim() for value in values) < 3 or not isinstance(head, int) or head > MAX_HEAD:
+        return f"head width {head}: a fixed width of at most {MAX_HEAD} is quantized"
+    if form.is_causal and form.mask is not None:
+        return "a mask beside is_causal"
+    return None
