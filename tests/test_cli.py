@@ -18,8 +18,9 @@ from viditq_fx.cli.doctor import Finding, examine
 from viditq_fx.cli.errors import user_errors
 from viditq_fx.cli.target import TargetError, load_target
 from viditq_fx.demo.config import DemoConfig, DemoError, parse_schemes
-from viditq_fx.demo.output import OutputFolder, write_whole
+from viditq_fx.demo.output import OutputFolder
 from viditq_fx.errors import SchemeError
+from viditq_fx.inspection.files import write_whole
 
 TARGETS = """
 import torch
@@ -74,6 +75,12 @@ def targets(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     sys.modules.pop("viditq_targets", None)
+
+
+@pytest.fixture
+def eager_inductor(monkeypatch):
+    """Run what would go to Inductor as it is: it is about files, not about generated code."""
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
 
 
 def assert_one_line_error(outcome, *parts):
@@ -265,6 +272,41 @@ def test_explain_into_a_file(run, targets):
     assert json.loads((targets / "report.json").read_text())["totals"]["sites"] == 2
     outcome = run("explain", "viditq_targets:two", "--out", targets / "none" / "report.json")
     assert_one_line_error(outcome, "report.json", "No such file")
+
+
+def test_explain_as_page_picture_and_dot(run, targets, eager_inductor):
+    names = {"--html": "page.html", "--svg": "block.svg", "--dot": "block.dot", "--out": "report.json"}
+    options = [part for option, name in names.items() for part in (option, targets / name)]
+    code, out, _ = run("explain", "viditq_targets:three", *options, "--block", "1")
+    assert (code, out) == (0, "")
+    page = (targets / "page.html").read_text()
+    assert "<svg" in page
+    assert "2 of 4 linears" in page
+    assert "linear_w8a8" in (targets / "block.svg").read_text()
+    assert "digraph" in (targets / "block.dot").read_text()
+    assert {s["after"] for s in json.loads((targets / "report.json").read_text())["snapshots"]} >= {
+        "captured"
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--html", "none/page.html"], ["page.html", "No such file"]),
+        (["--svg", "."], ["is a folder"]),
+        (["--block", "1"], ["--svg"]),
+        (["--svg", "a.svg", "--block", "blocks.9"], ["blocks.9", "'1'"]),
+        (["--dot", "a.dot", "--after", "fuse"], ["fuse_linear"]),
+    ],
+)
+def test_explain_tells_wrong_files_blocks_and_passes(run, targets, eager_inductor, arguments, parts):
+    before = set(targets.iterdir())
+    code, _, err = run("explain", "viditq_targets:three", *arguments)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in err
+    assert {path for path in targets.iterdir() if path.name != "__pycache__"} == before
 
 
 def test_doctor_names_versions_kernels_and_the_compiler(run):

@@ -119,27 +119,55 @@ def explain(
         Path | None,
         typer.Option(help="Write to this file (JSON if it ends in .json) instead of the terminal."),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with sites and graphs to this file.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write a picture of one block to this file.")] = None,
+    dot: Annotated[Path | None, typer.Option(help="Write the same block as Graphviz text.")] = None,
+    block: Annotated[
+        str | None,
+        typer.Option(
+            help="Block for --svg and --dot, e.g. blocks.0.  [default: one with most quantized sites]"
+        ),
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(help="Pass after which to draw it, or 'captured'.  [default: the last]")
+    ] = None,
 ) -> None:
     """Run a model once, quantized, and show what was done at every linear and why."""
     with user_errors():
+        from viditq_fx.errors import ViditqError
+        from viditq_fx.inspection.files import check_writable, write_text
         from viditq_fx.options import split_options
 
         given = {"scheme": scheme, "keep": keep, "weights": weights}
         options = {name: value for name, value in given.items() if value}
-        split_options(options)  # refuses wrong values now, before the imports and the model
-        report = _explain(target, options)
+        # What is wrong is told now, before the imports, the model and the compiler.
+        split_options(options)
+        files = [path for path in (out, html, svg, dot) if path is not None]
+        for path in files:
+            check_writable(path)
+        if (block or after) and svg is None and dot is None:
+            raise ViditqError("--block and --after choose what --svg and --dot draw: give one of these too")
+        report = _explain(target, options, graphs=any(path is not None for path in (html, svg, dot)))
+        if svg is not None:
+            report.to_svg(svg, block=block, after=after)
+        if dot is not None:
+            report.to_dot(dot, block=block, after=after)
+        if html is not None:
+            report.to_html(html)
         if out is not None:
-            from viditq_fx.demo.output import write_whole
-
             text = report.to_json() if as_json or out.suffix == ".json" else str(report)
-            write_whole(out, (text + "\n").encode())
+            write_text(out, text + "\n")
         elif as_json:
             print(report.to_json())
-        else:
+        elif not files:
             _print_explanation(report)
+        else:
+            _print_answers(report)
 
 
-def _explain(target: str, options: dict[str, Any]) -> ExplainReport:
+def _explain(target: str, options: dict[str, Any], *, graphs: bool) -> ExplainReport:
     from viditq_fx.cli.target import load_target
 
     _quiet_libraries()
@@ -149,18 +177,26 @@ def _explain(target: str, options: dict[str, Any]) -> ExplainReport:
     with console.status("compiling and running it once ..."):
         from viditq_fx.inspection import explain as explain_model
 
-        return explain_model(loaded.model, *loaded.args, options=options or None, **loaded.kwargs)
+        return explain_model(
+            loaded.model, *loaded.args, options=options or None, graphs=graphs, **loaded.kwargs
+        )
 
 
 def _print_explanation(report: ExplainReport) -> None:
     from viditq_fx.cli.tables import explain_table, total_tables
-    from viditq_fx.inspection.answers import lines
 
     # Piped into a file or a pager, a table squeezed into 80 columns would be unreadable.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(explain_table(report))
     for table in total_tables(report):
         console.print(table)
+    _print_answers(report)
+
+
+def _print_answers(report: ExplainReport) -> None:
+    from viditq_fx.inspection.answers import lines
+
+    console = Console()
     for line in lines(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

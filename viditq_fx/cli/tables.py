@@ -22,7 +22,7 @@ def explain_table(report: ExplainReport) -> Table:
     """One row a site: what was planned and done, by which kernel, or why not."""
     from viditq_fx.inspection.answers import count_of
     from viditq_fx.inspection.breakdown import everything
-    from viditq_fx.inspection.render import shape_of
+    from viditq_fx.inspection.render import shape_of, why
 
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("site", overflow="fold", ratio=5)
@@ -42,7 +42,7 @@ def explain_table(report: ExplainReport) -> Table:
             count_of(site.flops),
             before,
             now,
-            Text(site.reason or ""),
+            Text(why(site)),
         )
     return table
 

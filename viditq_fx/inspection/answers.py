@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from viditq_fx.inspection.breakdown import by_reason, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainReport
 
-_SHOWN = 3
+_SHOWN = 4
 _UNITS = ("", "k", "M", "G", "T", "P")
 
 
@@ -55,10 +56,10 @@ def _not_quantized(report: ExplainReport) -> list[str]:
     for row in by_reason(report):
         count = len(row.sites)
         what = "attention call" if row.roles == ["attention"] else "linear"
-        shown = ", ".join(row.sites[:_SHOWN]) + (", ..." if count > _SHOWN else "")
-        where = f" ({shown}; {percent(row.flops, flops)} of all FLOPs)" if row.flops else f" ({shown})"
-        verb = "kept" if row.outcome == "kept" else "refused"
-        sentences.append(f"{count} {what}{'s' if count > 1 else ''} {verb}{where}: {row.reason}.")
+        share = f" ({percent(row.flops, flops)} of all FLOPs)" if row.flops else ""
+        sentences.append(
+            f"{count} {what}{'s' if count > 1 else ''} {row.outcome}{share}: {row.reason}. {_named(row.sites)}."
+        )
     if report.unseen:
         shown = ", ".join(report.unseen[: 2 * _SHOWN]) + (", ..." if len(report.unseen) > 2 * _SHOWN else "")
         sentences.append(
@@ -66,6 +67,16 @@ def _not_quantized(report: ExplainReport) -> list[str]:
             f"graph break): {shown}."
         )
     return sentences or ["Every linear is quantized."]
+
+
+def _named(paths: Sequence[str]) -> str:
+    """Paths, those of repeated blocks told once: "blocks.*.attn (12)"."""
+    patterns: dict[str, list[str]] = {}
+    for path in paths:
+        pattern = ".".join("*" if step.isdigit() else step for step in path.split("."))
+        patterns.setdefault(pattern, []).append(path)
+    named = [same[0] if len(same) == 1 else f"{pattern} ({len(same)})" for pattern, same in patterns.items()]
+    return ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
 
 
 def _saves(report: ExplainReport) -> list[str]:

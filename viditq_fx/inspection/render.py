@@ -60,8 +60,16 @@ def _site_row(site: ExplainedSite) -> tuple[str, ...]:
         site.kernel or "",
         count_of(site.flops),
         weight,
-        site.reason or "",
+        why(site),
     )
+
+
+def why(site: ExplainedSite) -> str:
+    """Why a site ran as it did, and what was fused with the quantization of its input."""
+    if site.prologue is None:
+        return site.reason or ""
+    form = site.prologue if site.role == "attention" else f"input quantized together with {site.prologue}"
+    return f"{site.reason}; {form}" if site.reason else form
 
 
 def shape_of(site: ExplainedSite) -> str:

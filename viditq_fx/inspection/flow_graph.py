@@ -1,0 +1,148 @@
+"""One block at one stage as a small graph to draw: what computes is a node, what only reshapes is an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from viditq_fx.inspection.blocks import Block, Stage, base_name, relative
+from viditq_fx.inspection.breakdown import ROOT
+from viditq_fx.inspection.snapshots import SnapshotNode
+
+TRIVIAL = frozenset(
+    {"getitem", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "chunk", "split", "unbind"}
+    | {
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "contiguous",
+        "to",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+    }
+    | {"split_with_sizes", "tensor_split", "narrow", "movedim", "detach", "size", "getattr", "view_as", "t"}
+    | {"repeat_interleave", "select", "clone", "alias", "swapaxes", "double", "reshape_as", "sym_size"}
+)
+"""Views, casts and tuple items: they move values and compute none."""
+
+KINDS = {
+    "quantized": "quantized site",
+    "step": "quantize step",
+    "kept": "kept in full precision",
+    "refused": "refused",
+    "other": "not a site",
+    "port": "input or output of the block",
+}
+"""Kind of a node -> what the legend says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowNode:
+    """A box."""
+
+    key: str
+    kind: str
+    lines: tuple[str, ...]
+    """What is written in it: op, site and role, type."""
+    tooltip: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowGraph:
+    """Boxes and arrows."""
+
+    title: str
+    nodes: tuple[FlowNode, ...]
+    edges: tuple[tuple[str, str], ...]
+
+
+def flow_graph(block: Block, stage: Stage) -> FlowGraph:
+    """The graph to draw for a block at a stage."""
+    return _Builder(block, stage).build()
+
+
+class _Builder:
+    def __init__(self, block: Block, stage: Stage) -> None:
+        self._block, self._stage = block, stage
+        self._inside = {node.name: node for node in stage.nodes}
+        self._prefix = "" if block.name == ROOT else block.name
+
+    def build(self) -> FlowGraph:
+        shown = [node for node in self._stage.nodes if _is_shown(node)]
+        edges: dict[tuple[str, str], None] = {}
+        ports: dict[str, FlowNode] = {}
+        for node in shown:
+            for source in self._sources(node.inputs):
+                if source not in self._inside:
+                    ports[source] = self._port(source)
+                edges[source, node.name] = None
+        outputs: dict[str, FlowNode] = {}
+        for name in sorted(self._stage.exported, key=list(self._inside).index):
+            for source in self._sources([name]):
+                if source in self._inside:
+                    key = f"out:{source}"
+                    outputs[key] = FlowNode(key=key, kind="port", lines=("output",), tooltip=base_name(name))
+                    edges[source, key] = None
+        nodes = (*ports.values(), *map(self._node, shown), *outputs.values())
+        alike = f" and {len(self._block.alike)} alike" if self._block.alike else ""
+        title = f"{self._block.name}{alike}, {_moment(self._stage.after)}"
+        return FlowGraph(title=title, nodes=nodes, edges=tuple(edges))
+
+    def _sources(self, names: Iterable[str]) -> list[str]:
+        """The shown nodes that the named ones are, or are views of."""
+        found: dict[str, None] = {}
+        queue = list(names)
+        seen: set[str] = set()
+        while queue:
+            name = queue.pop(0)
+            if name in seen:
+                continue
+            seen.add(name)
+            inside = self._inside.get(name)
+            node = inside or self._stage.outside[name]
+            if node.parameter or not node.shape:
+                continue
+            if inside is None or _is_shown(node):
+                found[name] = None
+            else:
+                queue += node.inputs
+        return list(found)
+
+    def _port(self, name: str) -> FlowNode:
+        node = self._stage.outside[name]
+        label = node.target if node.op == "placeholder" else base_name(name)
+        return FlowNode(
+            key=name, kind="port", lines=(label, _type(node)), tooltip=f"from {node.module or 'outside'}"
+        )
+
+    def _node(self, node: SnapshotNode) -> FlowNode:
+        if node.op == "placeholder":
+            return FlowNode(
+                key=node.name, kind="port", lines=(node.target, _type(node)), tooltip="model input"
+            )
+        lines = [node.target]
+        if node.site is not None:
+            path = relative(node.site, self._prefix)
+            lines.append(f"for {path}" if node.part else f"{path} · {node.role}")
+        tooltip = [f"{node.target} in {node.module or 'the model'}"]
+        if node.outcome is not None and node.part is None:
+            tooltip.append(f"{node.outcome}{': ' + node.reason if node.reason else ''}")
+        kind = "other" if node.site is None else "step" if node.part else str(node.outcome)
+        return FlowNode(key=node.name, kind=kind, lines=(*lines, _type(node)), tooltip="\n".join(tooltip))
+
+
+def _moment(after: str) -> str:
+    return "as captured" if after == "captured" else f"after {after}"
+
+
+def _is_shown(node: SnapshotNode) -> bool:
+    if node.site is not None and node.part is None:
+        return True
+    return not node.parameter and bool(node.shape) and node.target not in TRIVIAL
+
+
+def _type(node: SnapshotNode) -> str:
+    return f"{node.dtype} {node.shape}".strip()
