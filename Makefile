@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | tr ' ' '-')
 
-.PHONY: help demo test test-quick lint bench clean
+.PHONY: help demo test test-quick test-browser lint bench clean
 
 help:
 	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
 	@echo "make test        the whole test suite"
 	@echo "make test-quick  the part that takes under two minutes"
+	@echo "make test-browser  the explain page in headless Chromium (needs chromium and chromedriver)"
 	@echo "make lint        ruff, pyright, import contracts"
 	@echo "make bench       benchmarks/cpu.py: int8 against fp32 and the CPU peers"
 
@@ -30,6 +31,10 @@ test: $(STAMP)
 
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[browser]"
+	$(BIN)/python -m pytest -m browser -rs tests/browser
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
