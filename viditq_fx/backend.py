@@ -58,14 +58,16 @@ def _compile_quantized(
     from viditq_fx.graph_edit import copy_graph_module, example
     from viditq_fx.lowering.select import compile_with_kernels
     from viditq_fx.passes.base import PassContext
-    from viditq_fx.passes.pipeline import PassPipeline, default_passes
+    from viditq_fx.passes.pipeline import build_pipeline
     from viditq_fx.passes.place_weights import SLOT_KEY
+    from viditq_fx.plugins import identity
     from viditq_fx.runtime import CompiledGraph
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
     quantized = copy_graph_module(gm)
     ctx = PassContext(scheme=ours.scheme, keep=ours.keep, attention=ours.attention, report=report)
-    PassPipeline(passes=default_passes(), observer=_trace).run(quantized, ctx)
+    pipeline = build_pipeline(ours, report, _trace)
+    pipeline.run(quantized, ctx)
     if ours.strict:
         _raise_refusals(report)
     _warn_unmatched(ours.keep, report)
@@ -82,7 +84,8 @@ def _compile_quantized(
             passed_through.append(positions[node.name])
             values.append(example_inputs[positions[node.name]])
     sources = _source_names(original)
-    compiled = compile_with_kernels(quantized, values, inductor)
+    foreign = identity((step, None) for step in pipeline.extra)
+    compiled = compile_with_kernels(quantized, values, inductor, foreign)
     for name, entry in ctx.sites.items():
         if entry.done is not None and entry.kernel is None:
             choice = compiled.choice(name, entry.fqn)
@@ -153,6 +156,10 @@ def read_options(options: Mapping[str, Any] | None, mode: str | None = None) -> 
     Raises OptionError (SchemeError for a scheme) for what neither knows or for a value of a wrong type.
     """
     ours, theirs = split_options(options)
+    if ours.extra_passes:
+        from viditq_fx.passes.pipeline import arrange_extra
+
+        arrange_extra(ours)
     return ours, _inductor(mode or ours.mode, theirs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from viditq_fx.errors import OptionError
@@ -30,6 +31,10 @@ class CompileOptions:
     attention: str = "auto"
     """"auto": quantize attention where a kernel of ours is faster than SDPA. "int8": wherever its form allows,
     by the reference where there is no kernel (slow). "keep": leave SDPA alone."""
+    extra_passes: tuple[Any, ...] = ()
+    """Passes of the user's, each alone or in before(name, pass) or after(name, pass) of passes/pipeline.py."""
+    plugins: bool = True
+    """Use the passes and kernel templates that installed packages offer through entry points."""
     mode: str | None = None
     """Inductor's mode ("max-autotune", ...): torch.compile forbids `mode=` beside `options=`."""
 
@@ -54,16 +59,18 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     names = CompileOptions.names()
     ours = {key: value for key, value in options.items() if key in names}
     rest = {key: value for key, value in options.items() if key not in names}
-    if "scheme" in ours:
-        ours["scheme"] = QuantScheme.parse(ours["scheme"])
-    if "keep" in ours:
-        ours["keep"] = _patterns(ours["keep"])
-    if not isinstance(ours.get("strict", False), bool):
-        raise OptionError(f"option 'strict' is True or False, not {ours['strict']!r}")
-    if ours.get("weights", "keep") not in WEIGHTS_MODES:
-        raise OptionError(f"option 'weights' is one of {WEIGHTS_MODES}, not {ours['weights']!r}")
-    if ours.get("attention", "auto") not in ATTENTION_MODES:
-        raise OptionError(f"option 'attention' is one of {ATTENTION_MODES}, not {ours['attention']!r}")
+    readers = {
+        "scheme": QuantScheme.parse,
+        "keep": _patterns,
+        "extra_passes": partial(_listed, "extra_passes"),
+    }
+    ours |= {key: read(ours[key]) for key, read in readers.items() if key in ours}
+    for key in ("strict", "plugins"):
+        if not isinstance(ours.get(key, False), bool):
+            raise OptionError(f"option {key!r} is True or False, not {ours[key]!r}")
+    for key, allowed in (("weights", WEIGHTS_MODES), ("attention", ATTENTION_MODES)):
+        if ours.get(key, "keep") not in allowed:
+            raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
     return CompileOptions(**ours), rest
@@ -78,6 +85,12 @@ def unknown_option(key: str, inductor_names: Iterable[str]) -> OptionError:
         f"unknown option {key!r}{hint} viditq's options are {', '.join(names)}; "
         "every option of torch.compile's inductor backend is accepted too"
     )
+
+
+def _listed(key: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise OptionError(f"option {key!r} is a list, not {value!r}")
+    return tuple(value)
 
 
 def _patterns(value: Any) -> tuple[str, ...]:

@@ -243,12 +243,12 @@ def configured(name: str) -> Any:
     return getattr(config, name)
 
 
-def cache_fingerprint(inner: Any = None) -> Any:
+def cache_fingerprint(inner: Any = None, foreign: tuple[str, ...] | None = ()) -> Any:
     """A custom pass that changes nothing and puts this package's sources into Inductor's cache keys.
 
     Our lowerings and templates are no part of a graph, so without it an edited template would be
-    served from the cache. `inner` is a pass that the user set in the same place; it still runs, and
-    one without an id of its own turns caching off, as it does without us.
+    served from the cache; `foreign` does the same for plugins (see `plugins.identity`). `inner` is a pass
+    that the user set in the same place; it still runs. Where one of them has no id, caching is off.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -258,10 +258,12 @@ def cache_fingerprint(inner: Any = None) -> Any:
                 inner(graph)
 
         def uuid(self) -> Any:
-            if inner is None:
-                return source_digest()
+            if inner is None and not foreign:
+                return None if foreign is None else source_digest()
             inner_id = inner.uuid() if isinstance(inner, CustomGraphPass) else None
-            return None if inner_id is None else (source_digest(), inner_id)
+            if foreign is None or (inner is not None and inner_id is None):
+                return None
+            return (source_digest(), *foreign, inner_id)
 
     return CacheFingerprint()
 

@@ -32,14 +32,17 @@ class Compiled:
         return self.by_node.get(node) or self.by_fqn.get(fqn) or cached
 
 
-def compile_with_kernels(gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Any) -> Compiled:
+def compile_with_kernels(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Any, foreign: tuple[str, ...] | None = ()
+) -> Compiled:
     """Choose kernels and compile; rewrites `gm` in place.
 
-    `inductor` is torch's own compiler object, which holds the user's Inductor options.
+    `inductor` is torch's own compiler object, which holds the user's Inductor options. `foreign` identifies the
+    code from outside that had a hand in the graph, for cache keys; None keeps it out of caches.
     """
     by_node = select_cpu_kernels(gm)
     theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
-    inductor.config[_PASS_OPTION] = cache_fingerprint(theirs)
+    inductor.config[_PASS_OPTION] = cache_fingerprint(theirs, foreign)
     if not integer_linears(gm):
         return Compiled(run=inductor(gm, example_inputs), by_node=by_node)
     install()

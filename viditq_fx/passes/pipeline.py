@@ -9,8 +9,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from viditq_fx.errors import OptionError
+from viditq_fx.options import CompileOptions
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.checkpoint import Checkpoint
+from viditq_fx.passes.extra import Anchored, Order, after, before
 from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
@@ -20,7 +24,19 @@ from viditq_fx.passes.place_weights import PlaceWeights
 from viditq_fx.passes.quantize_attention import AnnotateAttention, QuantizeAttention
 from viditq_fx.passes.verify import verify
 from viditq_fx.passes.work import count_work
-from viditq_fx.report import PassTrace
+from viditq_fx.plugins import PASSES_GROUP, Failure, attempt, installed, refuse
+from viditq_fx.report import CompileReport, PassTrace
+
+__all__ = [
+    "Anchored",
+    "Observer",
+    "PassPipeline",
+    "after",
+    "arrange_extra",
+    "before",
+    "build_pipeline",
+    "default_passes",
+]
 
 _LOG = logging.getLogger("viditq_fx.passes")
 """One INFO line a pass; TORCH_LOGS="+viditq_fx" shows them, and each refusal at DEBUG."""
@@ -35,6 +51,10 @@ class PassPipeline:
 
     passes: tuple[Pass, ...]
     observer: Observer | None = None
+    extra: tuple[Pass, ...] = ()
+    """Those of `passes` that are from outside: one that raises is undone and left out."""
+    strict: bool = False
+    """Raise StrictError instead."""
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         """Run every pass over `gm` in place; verify and trace after each.
@@ -42,8 +62,10 @@ class PassPipeline:
         Raises VerifyError when a pass breaks an invariant.
         """
         for step in self.passes:
-            before, start = len(gm.graph.nodes), time.perf_counter()
-            results = step.run(gm, ctx)
+            size, start = len(gm.graph.nodes), time.perf_counter()
+            results = self._run_extra(step, gm, ctx) if step in self.extra else step.run(gm, ctx)
+            if results is None:
+                continue
             seconds = time.perf_counter() - start
             verify(gm, ctx, after=step.name)
             gm.recompile()
@@ -54,7 +76,7 @@ class PassPipeline:
                     seconds=seconds,
                     matches=matches,
                     rejects=len(results) - matches,
-                    nodes_before=before,
+                    nodes_before=size,
                     nodes_after=len(gm.graph.nodes),
                 )
             )
@@ -63,6 +85,20 @@ class PassPipeline:
                 count_work(gm.graph, ctx)
             if self.observer is not None:
                 self.observer(step.name, gm)
+
+    def _run_extra(
+        self, step: Pass, gm: fx.GraphModule, ctx: PassContext
+    ) -> tuple[Match | Reject, ...] | None:
+        """Run a pass from outside; None if it raised, and the graph is as it was."""
+        checkpoint = Checkpoint(gm, ctx)
+        results = attempt(step.run, gm, ctx)
+        if isinstance(results, Failure):
+            checkpoint.restore()
+            reason = f"extra pass {step.name!r} raised {results}; compiled without it"
+            refuse(reason, ctx.report, strict=self.strict, cause=results.error)
+            return None
+        checkpoint.check_interface(step.name)
+        return results
 
 
 def _log(trace: PassTrace, results: tuple[Match | Reject, ...]) -> None:
@@ -89,3 +125,33 @@ def default_passes() -> tuple[Pass, ...]:
         QuantizeAttention(),
         PlaceWeights(),
     )
+
+
+def build_pipeline(
+    options: CompileOptions, report: CompileReport, observer: Observer | None = None
+) -> PassPipeline:
+    """THE order with the user's extra passes and those of installed plugins in their places.
+
+    Raises OptionError for a wrong extra pass; a plugin's is left out, with a reason, or StrictError.
+    """
+    order = arrange_extra(options)
+    for plugin in installed(PASSES_GROUP) if options.plugins else ():
+        failure = plugin.value
+        if not isinstance(failure, Failure):
+            try:
+                order.add(plugin.value)
+                continue
+            except OptionError as error:
+                failure = Failure(error=error)
+        refuse(f"{plugin.name} was left out: {failure}", report, strict=options.strict, cause=failure.error)
+    return PassPipeline(
+        passes=tuple(order.passes), observer=observer, extra=tuple(order.extra), strict=options.strict
+    )
+
+
+def arrange_extra(options: CompileOptions) -> Order:
+    """THE order with the user's extra passes. Raises OptionError for a wrong one."""
+    order = Order(default_passes())
+    for entry in options.extra_passes:
+        order.add(entry)
+    return order

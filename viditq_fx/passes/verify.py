@@ -28,7 +28,11 @@ def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
 
     Raises VerifyError naming the pass and the node.
     """
-    gm.graph.lint()
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:  # its first line names the node, the others are the whole graph
+        problem = str(error).partition("\n")[0]
+        raise VerifyError(f"after pass {after!r}: the graph is not well formed: {problem}") from error
     for node in gm.graph.nodes:
         problem = _problem(node)
         if problem is not None:
@@ -40,7 +44,8 @@ def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
     for name, entry in ctx.sites.items():
         if after == "place_weights" and entry.planned and entry.done is None and entry.reason is None:
             raise VerifyError(
-                f"site {entry.fqn!r} ({name}) was planned as {entry.planned}, not done, with no reason"
+                f"after pass {after!r}: site {entry.fqn!r} ({name}) was planned as "
+                f"{entry.planned}, not done, with no reason"
             )
 
 
