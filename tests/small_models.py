@@ -54,6 +54,8 @@ class TinyDiT(nn.Module):
 
 
 QUANTIZED_PER_LAYER = 6
+GEMMS_PER_LAYER = 4
+"""q, k and v read one input: they run as one wide GEMM."""
 KEPT_OUTSIDE_LAYERS = 3
 
 

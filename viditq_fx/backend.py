@@ -88,12 +88,13 @@ def _compile_quantized(
     compiled = compile_with_kernels(quantized, values, inductor, foreign)
     for name, entry in ctx.sites.items():
         if entry.done is not None and entry.kernel is None:
-            choice = compiled.choice(name, entry.fqn)
+            choice = compiled.choice(*ctx.computed_by.get(name, (name, entry.fqn)))
             entry.kernel, entry.reason = choice.kernel, choice.reason or entry.reason
     return CompiledGraph(
         compiled=compiled.run,
         passed_through=passed_through,
         weights=_weight_arguments(ctx.weight_slots, positions, sources),
+        biases=[tuple(positions[name] for name in slot.sources) for slot in ctx.bias_slots],
         full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],
         report=report,
         release_weights=ours.weights == "release",
@@ -127,8 +128,8 @@ def _weight_arguments(
 
     return [
         WeightArgument(
-            index=positions[slot.source],
-            name=sources[positions[slot.source]],
+            indices=tuple(positions[name] for name in slot.sources),
+            names=tuple(sources[positions[name]] for name in slot.sources),
             bits=slot.bits,
             frees_source=slot.frees_source,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from viditq_fx.errors import ReleasedWeightError
-from viditq_fx.ops.packed_weights import is_released, packed_weight
+from viditq_fx.ops.packed_weights import is_released, joined_bias, packed_group, packed_weight
 from viditq_fx.ops.release import find_owners, release, why_not_release
 from viditq_fx.report import CompileReport
 from viditq_fx.site import fqn_of_source
@@ -20,15 +20,22 @@ from viditq_fx.site import fqn_of_source
 
 @dataclass(frozen=True, kw_only=True)
 class WeightArgument:
-    """One packed weight of a graph: which argument it stands for."""
+    """One packed weight of a graph: which argument it stands for, or which ones, joined."""
 
-    index: int
-    """Position of the full-precision weight among the arguments that Dynamo passes."""
-    name: str
-    """Where Dynamo got that weight from, for messages."""
+    indices: tuple[int, ...]
+    """Positions of the full-precision weights among the arguments that Dynamo passes."""
+    names: tuple[str, ...]
+    """Where Dynamo got those weights from, for messages."""
     bits: int
-    frees_source: bool
-    """The graph itself reads the weight nowhere else."""
+    frees_source: tuple[bool, ...]
+    """For each weight: the graph itself reads it nowhere else."""
+
+    def packed(self, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The integers and scales that the graph takes, for a call with these arguments."""
+        names = [fqn_of_source(name) for name in self.names]
+        if len(self.indices) == 1:
+            return packed_weight(args[self.indices[0]], self.bits, names[0])
+        return packed_group([args[index] for index in self.indices], self.bits, names)
 
 
 @dataclass(kw_only=True)
@@ -64,6 +71,7 @@ class CompiledGraph:
         compiled: Callable[..., Any],
         passed_through: Sequence[int],
         weights: Sequence[WeightArgument],
+        biases: Sequence[tuple[int, ...]] = (),
         full_weights: Sequence[tuple[int, str]],
         report: CompileReport,
         release_weights: bool,
@@ -71,6 +79,7 @@ class CompiledGraph:
         self._compiled = compiled
         self._passed_through = tuple(passed_through)
         self._weights = tuple(weights)
+        self._biases = tuple(biases)
         self._full_weights = tuple(full_weights)
         self._release = release_weights
         self._refusals: dict[str, str] = {}
@@ -87,10 +96,13 @@ class CompiledGraph:
                 )
         inputs = [args[index] for index in self._passed_through]
         for slot in self._weights:
-            inputs.extend(packed_weight(args[slot.index], slot.bits, fqn_of_source(slot.name)))
+            inputs.extend(slot.packed(args))
+        inputs.extend(joined_bias([args[index] for index in indices]) for indices in self._biases)
         collected = _EXECUTIONS.get()
         if collected is not None:
-            weights = {slot.name: args[slot.index] for slot in self._weights}
+            weights = {
+                name: args[i] for s in self._weights for i, name in zip(s.indices, s.names, strict=True)
+            }
             weights |= {name: args[index] for index, name in self._full_weights}
             collected.append(Execution(report=self.report, weights=weights))
         result = self._compiled(*inputs)
@@ -99,21 +111,23 @@ class CompiledGraph:
         return result
 
     def _release_sources(self, args: Sequence[Any]) -> None:
+        sources = [x for s in self._weights for x in zip(s.indices, s.names, s.frees_source, strict=True)]
         pending = [
-            s for s in self._weights if s.name not in self._refusals and not is_released(args[s.index])
+            (args[index], name, frees)
+            for index, name, frees in sources
+            if name not in self._refusals and not is_released(args[index])
         ]
-        owners = find_owners(args[slot.index] for slot in pending) if pending else {}
-        for slot in pending:
-            weight = args[slot.index]
+        owners = find_owners(weight for weight, _, _ in pending) if pending else {}
+        for weight, name, frees in pending:
             reason = "the graph also reads it in full precision"
-            if slot.frees_source:
+            if frees:
                 reason = why_not_release(weight, owners[id(weight)])
             if reason is None:
                 release(weight, owners[id(weight)])
                 continue
-            self._refusals[slot.name] = reason
+            self._refusals[name] = reason
             for entry in self.report.sites:
-                if entry.weight == slot.name:
+                if entry.weight == name:
                     entry.reason = f"full-precision weight kept in memory: {reason}"
 
 

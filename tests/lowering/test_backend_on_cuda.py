@@ -55,6 +55,6 @@ def test_no_full_precision_gemm_is_left_but_the_kept_one(generated):
 
 def test_weights_are_inputs(generated):
     code, _ = generated
-    assert len(re.findall(r"assert_size_stride\(arg\d+_1, \(\d+, \d+\)", code)) >= 7
+    assert len(re.findall(r"assert_size_stride\(arg\d+_1, \(\d+, \d+\)", code)) >= 5
     assert "_frozen_param" not in code
     assert "constants" not in code.split("def call")[1].split("return")[0]

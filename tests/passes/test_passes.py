@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.small_models import (
+    GEMMS_PER_LAYER,
     KEPT_OUTSIDE_LAYERS,
     QUANTIZED_PER_LAYER,
     capture,
@@ -229,9 +230,11 @@ def test_fuse_linear_leaves_integer_linears_only(one_linear):
 def test_scheme_chooses_op_and_width(scheme):
     gm, ctx = capture(tiny_dit(1), *tiny_inputs()), context(scheme)
     run(default_passes(), gm, ctx)
-    assert count(gm, f"linear_{scheme}") == QUANTIZED_PER_LAYER
-    bits = {n.args[1] for n in gm.graph.nodes if n.target is ops.QUANTIZE_PER_TOKEN.overload}
-    assert bits == {int(scheme[-1])}
+    assert count(gm, f"linear_{scheme}") == GEMMS_PER_LAYER
+    quantizes = [
+        n for n in gm.graph.nodes if "_quantize" in str(n.target) or "quantize_per_token" in str(n.target)
+    ]
+    assert {n.args[-1] for n in quantizes} == {int(scheme[-1])}
 
 
 def test_weights_become_inputs_and_full_precision_ones_go():
@@ -241,7 +244,7 @@ def test_weights_become_inputs_and_full_precision_ones_go():
     results = PlaceWeights().run(gm, ctx)
     quantized = 2 * QUANTIZED_PER_LAYER
     assert len(results) == len(ctx.weight_slots) == quantized
-    assert all(slot.frees_source for slot in ctx.weight_slots)
+    assert all(all(slot.frees_source) for slot in ctx.weight_slots)
     assert sum(n.op == "placeholder" for n in gm.graph.nodes) == placeholders + quantized
     assert count(gm, "quantize_per_channel") == 0
     assert not any(n.op == "get_attr" for n in gm.graph.nodes), "nothing is baked"
@@ -264,7 +267,7 @@ def test_a_weight_that_is_read_elsewhere_too_stays():
     gm, ctx = capture(Tied().requires_grad_(False), torch.randn(40, WIDTH)), context()
     run(default_passes(), gm, ctx)
     (slot,) = ctx.weight_slots
-    assert not slot.frees_source
+    assert slot.frees_source == (False,)
 
 
 def test_one_parameter_gives_one_pair():
@@ -293,7 +296,9 @@ def test_pipeline_counts_and_traces(layers):
     assert [name for name, _ in seen] == names == [trace.name for trace in ctx.report.passes]
     matches = {trace.name: trace.matches for trace in ctx.report.passes}
     quantized = QUANTIZED_PER_LAYER * layers
-    assert matches["insert_qdq"] == matches["fuse_linear"] == matches["place_weights"] == quantized
+    assert matches["insert_qdq"] == matches["fuse_linear"] == quantized
+    assert matches["fuse_shared_input"] == 3 * layers
+    assert matches["place_weights"] == GEMMS_PER_LAYER * layers
     assert len(ctx.report.sites) == quantized + layers + KEPT_OUTSIDE_LAYERS
     before = len(gm.graph.nodes)
     for step in default_passes():
@@ -321,7 +326,9 @@ def test_verify_finds_an_orphan_quantize():
 def test_verify_finds_a_scale_of_the_wrong_shape():
     gm, ctx = _quantized()
     node = next(n for n in gm.graph.nodes if n.target is ops.LINEAR_W8A8.overload)
-    node.update_arg(1, node.args[3])
+    x_scale, w_scale = node.args[1], node.args[3]
+    node.update_arg(1, w_scale)
+    node.update_arg(3, x_scale)
     with pytest.raises(VerifyError, match="match neither token nor channel"):
         verify(gm, ctx, after="test")
 

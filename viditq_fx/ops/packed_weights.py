@@ -9,6 +9,7 @@ no version counter, so writes in place to it are not seen: packing one warns (D1
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,27 @@ class _Entry:
     name: str
     state: TensorState
     packed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    identity: _Identity = field(default_factory=lambda: _Identity())
+    joined: dict[_GroupKey, _Group] = field(default_factory=dict)
+    """Forms in which this weight is packed together with others."""
     released: bool = False
+
+
+_GroupKey = tuple[int, tuple[int, ...]]
+"""Bits, and the identities of all members in order."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Identity:
+    """Stands for one state of one weight; not the entry itself, so that groups make no cycles."""
+
+    current: bool = True
+
+
+@dataclass(kw_only=True)
+class _Group:
+    members: list[_Identity]
+    packed: tuple[Tensor, Tensor]
 
 
 # Weakly keyed: a model that goes away takes its packed weights along.
@@ -39,21 +60,75 @@ def packed_weight(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]
     Raises WeightError when the weight is on `meta` or holds NaN or infinity; `name` says which.
     """
     with LOCK:
-        entry = _ENTRIES.get(weight)
-        if entry is None or not entry.state.holds(weight):
-            entry = _ENTRIES[weight] = _Entry(name=name, state=TensorState.of(weight))
+        entry = _entry(weight, name)
         if bits not in entry.packed:
-            if entry.released:
-                raise ReleasedWeightError(
-                    f"{name}: asked for {bits}-bit weights, but its full-precision memory was released after "
-                    f"packing to {sorted(entry.packed)} bits; compile every graph of a model with one scheme, or "
-                    "use weights='keep'"
-                )
-            entry.packed[bits] = _pack(weight, bits, name)
+            _refuse_released(entry, bits)
+            q_NK, scale_N = _quantized(weight, bits, name)
+            entry.packed[bits] = own(q_NK), scale_N
         return entry.packed[bits]
 
 
-def _pack(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
+def packed_group(weights: Sequence[Tensor], bits: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(int8 [sum of N, K], fp32 scale [sum of N]) of weights [N_i, K] one below the other.
+
+    Packed at the first call, and again when one of them was written. Raises as `packed_weight`.
+    """
+    with LOCK:
+        members = [_entry(weight, name) for weight, name in zip(weights, names, strict=True)]
+        identities = [member.identity for member in members]
+        key = (bits, tuple(map(id, identities)))
+        group = members[0].joined.get(key)
+        if group is None:
+            for member in members:
+                _refuse_released(member, bits)
+            parts = [_quantized(w, bits, name) for w, name in zip(weights, names, strict=True)]
+            q_NK, scale_N = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            group = _Group(members=identities, packed=(own(q_NK), scale_N))
+            for member in members:
+                for old in [k for k, g in member.joined.items() if not all(m.current for m in g.members)]:
+                    del member.joined[old]
+                member.joined[key] = group
+        return group.packed
+
+
+_BIASES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def joined_bias(biases: Sequence[Tensor]) -> Tensor:
+    """Biases [N_i] one after the other, joined again when one of them was written."""
+    with LOCK:
+        known = _BIASES.get(biases[0])
+        if known is None:
+            known = _BIASES[biases[0]] = {}
+        key = tuple(map(id, biases))
+        found = known.get(key)
+        if found is None or not all(state.holds(b) for state, b in zip(found[0], biases, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                joined = torch.cat([b.detach() for b in biases])
+            known.clear()  # an identity may be used again: one form for each first bias
+            found = known[key] = ([TensorState.of(b) for b in biases], joined)
+        return found[1]
+
+
+def _entry(weight: Tensor, name: str) -> _Entry:
+    entry = _ENTRIES.get(weight)
+    if entry is None or not entry.state.holds(weight):
+        if entry is not None:
+            entry.identity.current = False
+        entry = _ENTRIES[weight] = _Entry(name=name, state=TensorState.of(weight))
+    return entry
+
+
+def _refuse_released(entry: _Entry, bits: int) -> None:
+    if entry.released:
+        raise ReleasedWeightError(
+            f"{entry.name}: asked for {bits}-bit weights in a form that it was not packed to before its "
+            "full-precision memory was released; compile every graph of a model with one scheme and one keep, or "
+            "use weights='keep'"
+        )
+
+
+def _quantized(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
     if weight.device.type == "meta":
         raise WeightError(f"{name}: the weight is on the meta device and holds no values; load it first")
     if weight.is_inference():
@@ -69,7 +144,7 @@ def _pack(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
                 f"{name}: the weight holds NaN or infinity, so it has no scale. If it was copied from a model "
                 "whose weights viditq_fx released, load it from its checkpoint instead"
             )
-        return own(q_NK), scale_N
+        return q_NK, scale_N
 
 
 def repack(model: torch.nn.Module) -> int:
@@ -83,8 +158,10 @@ def repack(model: torch.nn.Module) -> int:
         for weight in (*model.parameters(), *model.buffers()):
             entry = _ENTRIES.get(weight)
             if entry is not None and not entry.released:
+                entry.identity.current = False
                 del _ENTRIES[weight]
                 count += 1
+            _BIASES.pop(weight, None)
     return count
 
 
@@ -112,8 +189,14 @@ def packed_bytes(weight: Tensor) -> int:
     entry = _ENTRIES.get(weight)
     if entry is None:
         return 0
-    forms = entry.packed.values()
-    return sum(resident_bytes(q_NK) + scale_N.untyped_storage().nbytes() for q_NK, scale_N in forms)
+    whole = sum(_form_bytes(form) for form in entry.packed.values())
+    shares = (_form_bytes(g.packed) * weight.shape[0] // g.packed[1].numel() for g in entry.joined.values())
+    return whole + sum(shares)
+
+
+def _form_bytes(form: tuple[Tensor, Tensor]) -> int:
+    q_NK, scale_N = form
+    return resident_bytes(q_NK) + scale_N.untyped_storage().nbytes()
 
 
 def full_bytes(weight: Tensor) -> int:

@@ -21,6 +21,8 @@ from viditq_fx.site import Site, fqn_of_source
 
 SITE_KEY = "viditq_site"
 """Key of a node's meta that holds its Site."""
+WIDE_KEY = "viditq_wide"
+"""Key of the meta of a linear that runs several sites at once: the sites are its slices."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +38,7 @@ class AnnotateSites(Pass):
         roles = find_roles(gm.graph, flow)
         results: list[Match | Reject] = []
         for node in gm.graph.nodes:
-            if node.name in ctx.sites:
+            if node.name in ctx.sites or WIDE_KEY in node.meta:
                 continue
             hidden = why_opaque(node)
             if hidden is not None and flow.is_content(node):

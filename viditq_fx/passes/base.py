@@ -40,23 +40,35 @@ class PassContext:
     report: CompileReport = field(default_factory=lambda: CompileReport(scheme="", device=""))
     sites: dict[str, SiteReport] = field(default_factory=dict)
     """Node name of each annotated site -> its report."""
+    computed_by: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Node name of a site that is a slice -> (name of the wide linear's node, path that it runs under)."""
     weight_slots: list[WeightSlot] = field(default_factory=list)
     """Packed weights that the graph now takes as inputs, in order of its placeholders."""
+    bias_slots: list[BiasSlot] = field(default_factory=list)
+    """Joined biases that the graph takes as inputs, after the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSlot:
-    """Two placeholders (integers, scales) that stand for one full-precision weight."""
+    """Two placeholders (integers, scales) that stand for a full-precision weight, or for several joined."""
 
-    source: str
-    """Name of the placeholder of the full-precision weight in the graph that Dynamo made."""
+    sources: tuple[str, ...]
+    """Names of the placeholders of the full-precision weights in the graph that Dynamo made."""
     quantized: str
     """Name of the placeholder of the int8 weight [N, K]."""
     scale: str
     """Name of the placeholder of the fp32 scales [N]."""
     bits: int
-    frees_source: bool
-    """No other node of this graph reads the full-precision weight."""
+    frees_source: tuple[bool, ...]
+    """For each source: no other node of this graph reads the full-precision weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasSlot:
+    """A placeholder that stands for several biases joined."""
+
+    sources: tuple[str, ...]
+    joined: str
 
 
 @dataclass(frozen=True, kw_only=True)

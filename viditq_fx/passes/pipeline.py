@@ -18,6 +18,7 @@ from viditq_fx.passes.extra import Anchored, Order, after, before
 from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
+from viditq_fx.passes.fuse_shared_input import FuseSharedInput
 from viditq_fx.passes.insert_qdq import InsertQdq
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.place_weights import PlaceWeights
@@ -122,6 +123,7 @@ def default_passes() -> tuple[Pass, ...]:
         FuseLinear(),
         FuseNormQuantize(),
         FuseActivationQuantize(),
+        FuseSharedInput(),
         QuantizeAttention(),
         PlaceWeights(),
     )

@@ -9,15 +9,17 @@ One parameter gives one pair, however many linears read it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import example
-from viditq_fx.passes.annotate_sites import SITE_KEY
-from viditq_fx.passes.base import Match, Pass, PassContext, Reject, WeightSlot
+from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
+from viditq_fx.passes.base import BiasSlot, Match, Pass, PassContext, Reject, WeightSlot
 from viditq_fx.passes.effects import op_name
 
 SLOT_KEY = "viditq_slot"
@@ -33,53 +35,86 @@ class PlaceWeights(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
-        slots: dict[tuple[str, int], tuple[fx.Node, fx.Node]] = {}
+        slots: dict[tuple[tuple[str, ...], int], tuple[fx.Node, fx.Node]] = {}
         for node in list(gm.graph.nodes):
             if node.target is not ops.QUANTIZE_PER_CHANNEL.overload:
                 continue
             weight, bits = node.args
             assert isinstance(weight, fx.Node)
             assert isinstance(bits, int)
-            if (weight.name, bits) not in slots:
-                slots[weight.name, bits] = _new_inputs(gm.graph, weight, node)
-            quantized, scale = slots[weight.name, bits]
+            key = (tuple(source.name for source in _sources(weight)), bits)
+            if key not in slots:
+                slots[key] = _new_inputs(gm.graph, _sources(weight)[0], node)
+            quantized, scale = slots[key]
             for user in list(node.users):
                 assert user.target is operator.getitem
                 user.replace_all_uses_with(quantized if user.args[1] == 0 else scale)
                 gm.graph.erase_node(user)
             results.append(Match(site=node.meta[SITE_KEY], detail=quantized.name))
             gm.graph.erase_node(node)
-        for (name, bits), (quantized, scale) in slots.items():
-            source = next(n for n in gm.graph.nodes if n.name == name)
-            frees = not source.users
-            ctx.weight_slots.append(
-                WeightSlot(
-                    source=name, quantized=quantized.name, scale=scale.name, bits=bits, frees_source=frees
-                )
+            if not weight.users and weight.op != "placeholder":
+                gm.graph.erase_node(weight)
+        _place_biases(gm.graph, ctx)
+        placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
+        for (names, bits), (quantized, scale) in slots.items():
+            frees = tuple(not placeholders[name].users for name in names)
+            slot = WeightSlot(
+                sources=names, quantized=quantized.name, scale=scale.name, bits=bits, frees_source=frees
             )
-            if frees:
-                gm.graph.erase_node(source)
+            ctx.weight_slots.append(slot)
+        for name in {name for names, _ in slots for name in names}:
+            if not placeholders[name].users:
+                gm.graph.erase_node(placeholders[name])
         _fill_bytes(gm, ctx)
         return tuple(results)
 
 
+def _sources(weight: fx.Node) -> list[fx.Node]:
+    """The parameters of a weight: itself, or what `fuse_shared_input` joined."""
+    if WIDE_KEY not in weight.meta:
+        return [weight]
+    parts = weight.args[0]
+    assert isinstance(parts, list | tuple)
+    return [part for part in parts if isinstance(part, fx.Node)]
+
+
+def _place_biases(graph: fx.Graph, ctx: PassContext) -> None:
+    """Make each joined bias an input too: joining it at every call would be a kernel of its own."""
+    for node in [n for n in graph.nodes if n.target is torch.cat and WIDE_KEY in n.meta]:
+        sources = _sources(node)
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        (joined,) = _placeholders(
+            graph, last, [f"{sources[0].name.rstrip('_')}_joined"], [example(node)], node
+        )
+        ctx.bias_slots.append(BiasSlot(sources=tuple(s.name for s in sources), joined=joined.name))
+        node.replace_all_uses_with(joined)
+        graph.erase_node(node)
+
+
 def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-    values = example(like)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in ("int8", "scale")]
+    quantized, scale = _placeholders(graph, last, names, example(like), like)
+    return quantized, scale
+
+
+def _placeholders(
+    graph: fx.Graph, last: fx.Node, names: Sequence[str], values: Sequence[Any], like: fx.Node
+) -> list[fx.Node]:
     placeholders = []
-    for suffix, value in zip(("int8", "scale"), values, strict=True):
+    for name, value in zip(names, values, strict=True):
         with graph.inserting_after(last):
-            node = graph.placeholder(f"{weight.name.rstrip('_')}_{suffix}")
+            node = graph.placeholder(name)
         node.meta = {
             "example_value": value.contiguous(),  # the store packs row-major, whatever the weight is
             "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
-            SLOT_KEY: weight.name,
+            SLOT_KEY: name,
             SITE_KEY: like.meta[SITE_KEY],
         }
         node._dynamo_source = None  # type: ignore[attr-defined]
         placeholders.append(node)
         last = node
-    return placeholders[0], placeholders[1]
+    return placeholders
 
 
 def _fill_bytes(gm: fx.GraphModule, ctx: PassContext) -> None:

@@ -21,7 +21,9 @@ from viditq_fx.report import SiteReport
 
 ATTENTION = "attention"
 """Role of an attention call in a report."""
-_NOT_QUANTIZED = "a product of two activations, or attention in a call of its own: no softmax attention that we know"
+_NOT_QUANTIZED = (
+    "a product of two activations, or attention in a call of its own: no softmax attention that we know"
+)
 _OPERANDS = ("query", "key", "value")
 _PRODUCTS = MATMULS - {"einsum", "baddbmm", "addmm"}
 

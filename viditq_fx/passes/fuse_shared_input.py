@@ -1,0 +1,121 @@
+"""One wide integer GEMM for all projections that read the same quantized input.
+
+y_i = linear_w8a8(xq, s_x, wq_i, s_i, b_i)  ->  y_1, y_2, ... = split(linear_w8a8(xq, s_x, wq, s, b))
+    with (wq, s) = quantize_per_channel(cat(w_i)),  b = cat(b_i)
+
+q, k and v of one stream, k and v of cross attention, gate and up of a SwiGLU, q, k, v and the MLP of a
+parallel block. The sums are the same integers, so every value stays bit for bit; the results are views.
+`place_weights` then has the parts joined when they are packed, once, and not at every call.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from viditq_fx import ops
+from viditq_fx.graph_edit import call, example, getitem
+from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
+from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.dataflow import is_parameter
+from viditq_fx.passes.insert_qdq import SCHEME_KEY
+
+_LINEARS = (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseSharedInput(Pass):
+    """Join integer linears that read the same integers into one."""
+
+    name: ClassVar[str] = "fuse_shared_input"
+    changes_numerics: ClassVar[bool] = False
+
+    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
+        groups: dict[Any, list[fx.Node]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            if node.target in _LINEARS and node.name in ctx.sites and _parameter_of(node) is not None:
+                groups[_key(node)].append(node)
+        results: list[Match | Reject] = []
+        for members in groups.values():
+            # A weight read twice is packed once; joined with itself it would be packed twice.
+            if len(members) > 1 and len({_parameter_of(m) for m in members}) == len(members):
+                results += _join(gm.graph, members, ctx)
+        return tuple(results)
+
+
+def _key(node: fx.Node) -> tuple[Any, ...]:
+    """What has to be the same for two linears to be joined."""
+    x, scale, _, _, bias, dtype = node.args
+    parameter = _parameter_of(node)
+    assert parameter is not None
+    weight = example(parameter)
+    bias_dtype = example(bias).dtype if isinstance(bias, fx.Node) else None
+    return (node.target, x, scale, str(dtype), weight.dtype, weight.device, bias_dtype)
+
+
+def _parameter_of(node: fx.Node) -> fx.Node | None:
+    """The full-precision parameter that a linear's integers are quantized from in the graph, if they are."""
+    pair, bias = _pair_of(node), node.args[4]
+    if pair is None or (isinstance(bias, fx.Node) and not is_parameter(bias)):
+        return None
+    weight = pair.args[0]
+    return weight if isinstance(weight, fx.Node) and is_parameter(weight) else None
+
+
+def _pair_of(node: fx.Node) -> fx.Node | None:
+    """The quantize of a linear's weight; None for a weight that was packed apart (`quantize_`)."""
+    integers = node.args[2]
+    pair = integers.args[0] if isinstance(integers, fx.Node) and integers.args else None
+    quantizes = isinstance(pair, fx.Node) and pair.target is ops.QUANTIZE_PER_CHANNEL.overload
+    return pair if isinstance(pair, fx.Node) and quantizes else None
+
+
+def _join(graph: fx.Graph, members: list[fx.Node], ctx: PassContext) -> list[Match | Reject]:
+    first = members[0]
+    x, x_scale, _, _, bias, dtype = first.args
+    scheme = first.meta[SCHEME_KEY]
+    weights = [weight for weight in map(_parameter_of, members) if weight is not None]
+    biases = [member.args[4] for member in members]
+    with graph.inserting_before(first):
+        joined = call(graph, torch.cat, (weights, 0), first)
+        pair = call(graph, ops.QUANTIZE_PER_CHANNEL.overload, (joined, scheme.weight_bits), first)
+        wide_bias = None if bias is None else call(graph, torch.cat, (biases, 0), first)
+        integers, scales = (getitem(graph, pair, index, first) for index in (0, 1))
+        operands = (x, x_scale, integers, scales, wide_bias, dtype)
+        wide = call(graph, first.target, operands, first)
+        widths = [int(example(weight).shape[0]) for weight in weights]
+        parts = call(graph, torch.functional.split, (wide, widths, -1), first)
+    for node in (joined, pair, integers, scales, wide_bias, wide, parts):
+        if node is not None:
+            node.meta[SITE_KEY], node.meta[SCHEME_KEY], node.meta[WIDE_KEY] = (
+                first.meta[SITE_KEY],
+                scheme,
+                True,
+            )
+    leader = ctx.sites[first.name].fqn
+    return [_take_part(graph, member, parts, i, (wide.name, leader), ctx) for i, member in enumerate(members)]
+
+
+def _take_part(
+    graph: fx.Graph, member: fx.Node, parts: fx.Node, index: int, wide: tuple[str, str], ctx: PassContext
+) -> Match:
+    """Put a slice of the wide result in place of a member."""
+    with graph.inserting_after(parts):
+        part = getitem(graph, parts, index, member)
+    part.meta[SITE_KEY] = member.meta[SITE_KEY]
+    pair = _pair_of(member)
+    assert pair is not None
+    member.replace_all_uses_with(part)
+    entry = ctx.sites.pop(member.name)
+    entry.joined = wide[1]
+    entry.bytes_packed = entry.width * entry.depth + 4 * entry.width
+    ctx.sites[part.name], ctx.computed_by[part.name] = entry, wide
+    graph.erase_node(member)
+    for node in (*list(pair.users), pair):
+        if not node.users:
+            graph.erase_node(node)
+    return Match(site=part.meta[SITE_KEY], detail=f"part {index} of {wide[0]}")
