@@ -9,6 +9,7 @@ pytest.importorskip("jinja2")
 import viditq_fx as vq
 from tests.models.tiny_dits import TINY_DITS
 from viditq_fx.inspection.breakdown import block_of, everything
+from viditq_fx.inspection.render import why
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 LAYERS = 2
@@ -36,6 +37,11 @@ def opened(written, driver):
 
 def find(driver, selector):
     return driver.find_elements("css selector", selector)
+
+
+def found(sites, *words):
+    """Sites that a search for these words shows: it looks at paths and at reasons."""
+    return [s for s in sites if all(word in f"{s.fqn} {why(s)}" for word in words)]
 
 
 def visible_rows(driver):
@@ -80,8 +86,8 @@ def test_search_and_filters_count_what_they_show(opened):
     assert len(visible_rows(driver)) == len(sites)
 
     search(driver, "blocks.1 TO_Q")
-    wanted = [site for site in sites if "blocks.1" in site.fqn and "to_q" in site.fqn]
-    assert len(wanted) > 1
+    wanted = found(sites, "blocks.1", "to_q")
+    assert 1 < len(wanted) < len(sites)
     assert status(driver) == f"{len(wanted)} of {len(sites)} sites"
     assert {row.find_element("css selector", "code").text for row in visible_rows(driver)} == {
         site.fqn for site in wanted
@@ -114,7 +120,7 @@ def test_blocks_collapse(opened):
     find(driver, "#collapse")[0].click()
     assert not visible_rows(driver)
     search(driver, "to_k")  # a search opens what it finds
-    assert len(visible_rows(driver)) == sum("to_k" in site.fqn for site in sites)
+    assert len(visible_rows(driver)) == len(found(sites, "to_k"))
     search(driver, "")
 
 

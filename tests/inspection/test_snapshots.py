@@ -1,6 +1,9 @@
 """Graphs before and after each pass: what is recorded, which blocks are alike, and what pictures say."""
 
+import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from viditq_fx.inspection.breakdown import ROOT
 from viditq_fx.inspection.drawing import to_dot, to_svg
 from viditq_fx.inspection.flow_graph import KINDS, TRIVIAL, flow_graph
 from viditq_fx.inspection.snapshots import CAPTURED
+from viditq_fx.passes.base import Pass
 from viditq_fx.passes.pipeline import default_passes
 
 LAYERS = 3
@@ -49,9 +53,9 @@ def test_a_site_keeps_path_role_and_outcome_through_all_stages(report):
         sites = [n for n in snapshot.nodes if n.site is not None and n.part is None and n.role != "attention"]
         assert {n.site: (n.role, n.outcome) for n in sites} == told
         assert len(sites) == len(told)
-    last = report.snapshots[-1].nodes
-    assert sum(n.target == "linear_w8a8" for n in last) == LAYERS * QUANTIZED_PER_LAYER
-    assert all(n.inputs for n in last if n.target == "linear_w8a8")
+    fused = next(s for s in report.snapshots if s.after == "fuse_linear").nodes
+    assert sum(n.target == "linear_w8a8" for n in fused) == LAYERS * QUANTIZED_PER_LAYER
+    assert all(n.inputs for n in fused if n.target == "linear_w8a8")
 
 
 def test_blocks_that_are_alike_are_one(blocks):
@@ -69,16 +73,27 @@ def test_a_diff_shows_what_a_pass_did(blocks):
     fused = [line for line in diffs["fuse_linear"].text.splitlines() if line.startswith("+linear_w8a8")]
     assert len(fused) == QUANTIZED_PER_LAYER
     assert "# q attn.q quantized" in diffs["fuse_linear"].text
-    assert "+q.weight.int8: i8[64x64] = input  # q (weight)" in diffs["place_weights"].text
+    assert "+up.weight.int8: i8[256x64] = input  # up (weight)" in diffs["place_weights"].text
+    assert "# one GEMM for q attn.q, k attn.k, v attn.v" in diffs["fuse_shared_input"].text
     assert min(diffs["place_weights"].added, diffs["place_weights"].removed) > 0
-    assert diffs["annotate_sites"].text.count("\n+") == diffs["annotate_sites"].text.count("\n-")
+    assert diffs["annotate_sites"].added == diffs["annotate_sites"].removed == QUANTIZED_PER_LAYER + 1
+    assert "# modulation cond kept" in diffs["annotate_sites"].text
 
 
 def test_a_picture_hides_views_and_parameters_and_colours_sites(blocks):
     inner = choose_block(blocks)
     graph = flow_graph(inner, inner.stages[-1])
     kinds = {kind: [n for n in graph.nodes if n.kind == kind] for kind in KINDS}
-    assert len(kinds["quantized"]) == QUANTIZED_PER_LAYER
+    drawn = {path for n in kinds["quantized"] for path in n.lines[1:-1]}
+    assert drawn >= {
+        "q · attn.q",
+        "k · attn.k",
+        "v · attn.v",
+        "out · attn.out",
+        "up · ffn.up",
+        "down · ffn.down",
+    }
+    assert len(drawn) == QUANTIZED_PER_LAYER
     assert {n.lines[1] for n in kinds["kept"]} == {"modulation · cond", "(block) · attention"}
     assert kinds["step"]
     assert not kinds["refused"]
@@ -88,6 +103,13 @@ def test_a_picture_hides_views_and_parameters_and_colours_sites(blocks):
     assert {n.lines[0] for n in kinds["port"]} >= {"output"}
     read = {target for _, target in graph.edges}
     assert all(n.key in read for n in graph.nodes if n.kind in {"quantized", "step", "kept"})
+
+
+def test_json_holds_each_kind_of_block_once(report):
+    data = json.loads(report.to_json())
+    assert [(b["name"], b["alike"]) for b in data["blocks"]][1] == ("blocks.0", ["blocks.1", "blocks.2"])
+    assert [diff["name"] for diff in data["blocks"][1]["diffs"]] == STAGES[1:]
+    assert any(node["target"] == "linear_w8a8" for node in data["blocks"][1]["nodes"])
 
 
 def test_svg_is_well_formed_stand_alone_and_has_a_legend(blocks):
@@ -174,8 +196,8 @@ def test_a_compiled_model_shows_the_graphs_of_the_whole(how):
     report = vq.explain(compiled, *tiny_inputs(), graphs=True)
     assert {s.graph for s in report.snapshots} == {0}
     last = report.snapshots[-1].nodes
-    assert sum(n.target == "linear_w8a8" for n in last) == 2 * (QUANTIZED_PER_LAYER - 1)
     outcomes = {n.site: n.outcome for n in last if n.site and n.part is None}
+    assert list(outcomes.values()).count("quantized") == 2 * (QUANTIZED_PER_LAYER - 1)
     assert {path: outcomes[path] for path in ("blocks.0.down", "blocks.1.q")} == {
         "blocks.0.down": "kept",
         "blocks.1.q": "quantized",
@@ -194,6 +216,22 @@ def test_released_weights_cannot_be_traced_again_but_a_plain_model_can_first():
     assert report.totals()["quantized_weight_bytes_full_resident"] == 0
     with pytest.raises(ViditqError, match="released"):
         vq.explain(model, *tiny_inputs(), graphs=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Pass):
+    """A user's pass that does nothing."""
+
+    name: ClassVar[str] = "idle"
+    changes_numerics: ClassVar[bool] = False
+
+    def run(self, gm, ctx):
+        return ()
+
+
+def test_extra_passes_have_their_snapshot():
+    report = vq.explain(tiny_dit(1), *tiny_inputs(), options={"extra_passes": [Idle()]}, graphs=True)
+    assert {s.after for s in report.snapshots} - set(STAGES) == {"idle"}
 
 
 def test_a_function_has_no_graphs():

@@ -52,7 +52,7 @@ def _quantized(report: ExplainReport) -> list[str]:
 
 def _not_quantized(report: ExplainReport) -> list[str]:
     flops = total(by_role(report)).flops
-    sentences = [f"A whole graph is left to plain Inductor: {reason}." for reason in report.rejects]
+    sentences = [f"Refused: {reason}." for reason in report.rejects]
     for row in by_reason(report):
         count = len(row.sites)
         what = "attention call" if row.roles == ["attention"] else "linear"
@@ -116,6 +116,9 @@ def _notes(report: ExplainReport) -> list[str]:
         notes.append(
             "Shapes are dynamic: FLOPs, and the decisions that hang on M, are those of the sizes seen at compile time."
         )
+    hidden = [site.fqn or "(root)" for site in report.sites if not site.width]
+    if hidden:
+        notes.append(f"FLOPs and bytes of what these calls hide are not counted: {_named(hidden)}.")
     if report.graph_runs > report.graphs:
         notes.append(
             f"{report.graphs} compiled graphs ran {report.graph_runs} times: one graph serves several blocks, or a "

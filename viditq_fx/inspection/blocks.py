@@ -6,8 +6,9 @@ import difflib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from viditq_fx.inspection.breakdown import ROOT, block_of
 from viditq_fx.inspection.snapshots import Snapshot, SnapshotNode
@@ -60,6 +61,12 @@ class Block:
         """Of these, the quantized ones."""
         nodes = self.stages[-1].nodes
         return sum(node.outcome == "quantized" and node.part is None for node in nodes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as plain data: its graph after the last pass, and what each pass changed."""
+        nodes = [asdict(node) for node in self.stages[-1].nodes]
+        diffs = [asdict(diff) for diff in self.diffs]
+        return {"name": self.name, "graph": self.graph, "alike": self.alike, "nodes": nodes, "diffs": diffs}
 
     @cached_property
     def diffs(self) -> tuple[Diff, ...]:
@@ -153,8 +160,12 @@ class _Labels:
         return f"{label}{kind} = {call}{self._comment(node)}"
 
     def _comment(self, node: SnapshotNode) -> str:
-        if node.site is None:
+        if node.site is None or not (node.annotated or node.part):
             return ""
+        if node.members:
+            return "  # one GEMM for " + ", ".join(
+                f"{self.relative(path)} {role}" for path, role in node.members
+            )
         path = self.relative(node.site)
         words = [path, f"({node.part})" if node.part else node.role, None if node.part else node.outcome]
         return "  # " + " ".join(word for word in words if word)

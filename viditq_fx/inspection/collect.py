@@ -6,8 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,9 @@ from viditq_fx.inspection.files import check_writable, write_text
 from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, trace
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
 from viditq_fx.options import CompileOptions, split_options
-from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.work import ATTENTION
 from viditq_fx.quant_linear import QuantLinear
-from viditq_fx.report import CompileReport, PassTrace, SiteReport
+from viditq_fx.report import PassTrace, SiteReport
 from viditq_fx.runtime import Execution, executions
 from viditq_fx.scheme import QuantScheme
 
@@ -95,10 +93,16 @@ class ExplainReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, ready for JSON: what was found, and its breakdown by role, kernel and pass."""
+        """Plain dicts and lists, ready for JSON: what was found, its breakdown by role, kernel and pass.
+
+        Graphs, if the report has them, stand under "blocks", those that are alike once.
+        """
+        from viditq_fx.inspection.blocks import find_blocks
         from viditq_fx.inspection.breakdown import breakdown
 
-        data = asdict(self)
+        data = asdict(replace(self, snapshots=[]))
+        del data["snapshots"]
+        data["blocks"] = [block.to_dict() for block in find_blocks(self.snapshots)]
         for key, sites in (("sites", self.sites), ("attention", self.attention)):
             for entry, site in zip(data[key], sites, strict=True):
                 entry["outcome"] = site.outcome
@@ -182,7 +186,7 @@ def explain(
     traced = None
     if isinstance(model, nn.Module) and not _is_compiled(model):
         if graphs:  # before it is compiled: releasing its weights would leave nothing to trace
-            traced = trace(plain, args, kwargs, partial(_context, split_options(options)[0]))
+            traced = trace(plain, args, kwargs, split_options(options)[0])
         compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
     elif options:
         raise ViditqError(
@@ -197,7 +201,7 @@ def explain(
         )
     report = _gather(model, ran)
     if graphs:
-        traced = traced or trace(plain, args, kwargs, partial(_context, _options_of(report)))
+        traced = traced or trace(plain, args, kwargs, _options_of(report))
         report.snapshots = traced.snapshots(
             {
                 (site.fqn, site.role == ATTENTION): Outcome(
@@ -207,11 +211,6 @@ def explain(
             }
         )
     return report
-
-
-def _context(options: CompileOptions) -> PassContext:
-    report = CompileReport(scheme=str(options.scheme), device="")
-    return PassContext(scheme=options.scheme, keep=options.keep, attention=options.attention, report=report)
 
 
 def _options_of(report: ExplainReport) -> CompileOptions:
@@ -252,6 +251,8 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
         prefix = _prefix(run, made)
         for site in (*(s for s in made if s.weight is None), *calls):
             site.fqn = (prefix + site.fqn).rstrip(".")
+        for site in made:
+            site.joined = prefix + site.joined if site.joined is not None else None
         sites += made
         attention += calls
     report.sites, report.attention = _merge(sites), _merge(attention)

@@ -100,7 +100,10 @@ def _quoted(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    """The end of a path says more than its beginning, and its role stands there."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"…{text[1 - _LONGEST :]}" if "·" in text else f"{text[: _LONGEST - 1]}…"
 
 
 def _size(lines: tuple[str, ...]) -> Size:
@@ -134,7 +137,7 @@ def _themed(colours: dict[str, Colour], *, back: str, text: str, edge: str) -> s
 
 
 def _legend_widths() -> list[float]:
-    return [18 + 7.2 * len(meaning) + 18 for meaning in KINDS.values()]
+    return [18 + 6.4 * len(meaning) + 18 for meaning in KINDS.values()]
 
 
 def _legend() -> list[str]:

@@ -126,11 +126,13 @@ class _Builder:
         lines = [node.target]
         if node.site is not None:
             path = relative(node.site, self._prefix)
-            lines.append(f"for {path}" if node.part else f"{path} · {node.role}")
+            members = [f"{relative(member, self._prefix)} · {role}" for member, role in node.members]
+            lines += members or [f"for {path}" if node.part else f"{path} · {node.role}"]
         tooltip = [f"{node.target} in {node.module or 'the model'}"]
         if node.outcome is not None and node.part is None:
             tooltip.append(f"{node.outcome}{': ' + node.reason if node.reason else ''}")
-        kind = "other" if node.site is None else "step" if node.part else str(node.outcome)
+        is_step = node.part is not None and not node.members
+        kind = "other" if node.site is None else "step" if is_step else str(node.outcome)
         return FlowNode(key=node.name, kind=kind, lines=(*lines, _type(node)), tooltip="\n".join(tooltip))
 
 
@@ -139,8 +141,6 @@ def _moment(after: str) -> str:
 
 
 def _is_shown(node: SnapshotNode) -> bool:
-    if node.site is not None and node.part is None:
-        return True
     return not node.parameter and bool(node.shape) and node.target not in TRIVIAL
 
 

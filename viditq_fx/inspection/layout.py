@@ -219,7 +219,7 @@ def _curve(chain: Sequence[str], points: Mapping[str, Point], sizes: Mapping[str
 def _by_dot(binary: str, sizes: Mapping[str, Size], edges: Sequence[Edge]) -> Layout | None:
     """Graphviz's positions; None when it fails, for a picture matters more than whose layout it is."""
     keys = {name: f"n{index}" for index, name in enumerate(sizes)}
-    text = ["digraph {", "node [shape=box, fixedsize=true]; nodesep=0.2; ranksep=0.35;"]
+    text = ["digraph {", "node [shape=box, fixedsize=true]; edge [dir=none]; nodesep=0.2; ranksep=0.35;"]
     for name, (width, height) in sizes.items():
         inches = f"width={width / _POINTS_PER_INCH:.3f}, height={height / _POINTS_PER_INCH:.3f}"
         text.append(f'{keys[name]} [label="", {inches}];')

@@ -42,6 +42,8 @@ class Group:
     name: str
     rows: tuple[Row, ...]
     summary: str
+    refused: bool
+    """Something in it was planned and could not be done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,14 @@ def _groups(sites: Sequence[ExplainedSite]) -> list[Group]:
         counts = [(o, sum(site.outcome == o for site in members)) for o in OUTCOMES]
         words = ", ".join(f"{count} {outcome}" for outcome, count in counts if count)
         share = percent(sum(site.flops for site in members), flops)
-        groups.append(Group(name=name, rows=tuple(map(_row, members)), summary=f"{words}; {share} of FLOPs"))
+        groups.append(
+            Group(
+                name=name,
+                rows=tuple(map(_row, members)),
+                summary=f"{words}; {share} of FLOPs",
+                refused=any(site.outcome == "refused" for site in members),
+            )
+        )
     return groups
 
 

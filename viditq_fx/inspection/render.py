@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from viditq_fx.inspection.answers import count_of, lines, percent, size
@@ -65,11 +64,15 @@ def _site_row(site: ExplainedSite) -> tuple[str, ...]:
 
 
 def why(site: ExplainedSite) -> str:
-    """Why a site ran as it did, and what was fused with the quantization of its input."""
-    if site.prologue is None:
-        return site.reason or ""
-    form = site.prologue if site.role == "attention" else f"input quantized together with {site.prologue}"
-    return f"{site.reason}; {form}" if site.reason else form
+    """Why a site ran as it did, and what it was fused with."""
+    words = [site.reason] if site.reason else []
+    if site.joined is not None and site.joined != site.fqn:
+        words.append(f"one GEMM with {site.joined}")
+    if site.prologue is not None and site.role == "attention":
+        words.append(f"form: {site.prologue}")
+    elif site.prologue is not None:
+        words.append(f"input quantized together with {site.prologue}")
+    return "; ".join(words)
 
 
 def shape_of(site: ExplainedSite) -> str:
@@ -100,20 +103,17 @@ def _role_cells(row: RoleRow, whole: RoleRow) -> tuple[str, ...]:
 def _kernel_table(report: ExplainReport) -> Table:
     rows = by_kernel(report)
     flops = sum(row.flops for row in rows)
+    columns = ("kernel", "sites", "of all FLOPs", "roles", "why this one")
+    cells = [
+        (row.kernel, str(row.sites), percent(row.flops, flops), ", ".join(row.roles), "; ".join(row.reasons))
+        for row in rows
+    ]
+    shown = len(columns) if any(row.reasons for row in rows) else -1
     return Table(
         title="by kernel",
-        columns=("kernel", "sites", "of all FLOPs", "roles", "why this one"),
+        columns=columns[:shown],
         numeric=("sites", "of all FLOPs"),
-        rows=tuple(
-            (
-                row.kernel,
-                str(row.sites),
-                percent(row.flops, flops),
-                _joined(row.roles),
-                "; ".join(row.reasons),
-            )
-            for row in rows
-        ),
+        rows=tuple(row[:shown] for row in cells),
     )
 
 
@@ -129,7 +129,3 @@ def _pass_table(report: ExplainReport) -> Table:
     ]
     cells.append(("all", f"{1e3 * sum(row.seconds for row in rows):.1f}", "", "", "", "", ""))
     return Table(title="by pass", columns=columns, numeric=columns[1:], rows=tuple(cells))
-
-
-def _joined(names: Sequence[str]) -> str:
-    return ", ".join(names)

@@ -6,7 +6,7 @@ Compiling keeps no copy of any graph: a model that is not looked at pays nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +17,17 @@ from torch import Tensor, fx, nn
 from viditq_fx.errors import ViditqError
 from viditq_fx.graph_edit import copy_graph_module, example
 from viditq_fx.ops.packed_weights import is_released
+from viditq_fx.options import CompileOptions
 from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import is_parameter, source_name
 from viditq_fx.passes.effects import op_name
-from viditq_fx.passes.pipeline import PassPipeline, default_passes
+from viditq_fx.passes.pipeline import build_pipeline
 from viditq_fx.passes.place_weights import SLOT_KEY
 from viditq_fx.passes.roles import ATTENTION_NAMES
 from viditq_fx.passes.work import ATTENTION
 from viditq_fx.quantize import _fresh_call
-from viditq_fx.report import SiteReport
+from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.site import fqn_of_source
 
 CAPTURED = "captured"
@@ -56,10 +57,15 @@ class SnapshotNode:
     """Path of the innermost module that the node comes from."""
     parameter: bool = False
     """A placeholder of a parameter, a buffer, or a packed weight."""
+    annotated: bool = False
+    """Some pass had made it a site by then; what became of it is told at every stage."""
     site: str | None = None
     """Path of the site that the node is, or belongs to."""
     part: str | None = None
-    """None for the site itself; "input" or "weight" for a step of its quantization."""
+    """None for the site itself; "input" or "weight" for a step of its quantization; "wide" for one GEMM that
+    computes several sites, which then are slices of it."""
+    members: tuple[tuple[str, str], ...] = ()
+    """(path, role) of the sites that a wide GEMM computes."""
     role: str | None = None
     outcome: str | None = None
     """ "quantized", "kept" or "refused"; None where the node is no site."""
@@ -101,12 +107,10 @@ class Trace:
         return [snapshot for recorder in self.recorders for snapshot in recorder.snapshots(outcomes)]
 
 
-def trace(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], context: Callable[[], PassContext]
-) -> Trace:
+def trace(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: CompileOptions) -> Trace:
     """Run `model` once, eagerly, under a trace that runs only the passes and records each graph round each.
 
-    `context` makes a fresh PassContext, with the options, for each graph.
+    The passes are those that the backend would run with these options, extra ones and plugins included.
     Raises ViditqError for what is no module, or cannot run eagerly any more.
     """
     check_traceable(model)
@@ -115,7 +119,7 @@ def trace(
     def capture(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         recorder = _Recorder(index=len(recorders))
         recorders.append(recorder)
-        recorder.run(copy_graph_module(gm), context())
+        recorder.run(copy_graph_module(gm), options)
         return gm.forward
 
     with torch.no_grad(), _uncompiled(model):
@@ -158,18 +162,28 @@ class _Recorder:
     stages: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     entries: dict[str, SiteReport] = field(default_factory=dict)
     """Name of every node that is a site at some stage -> its report."""
+    wide: dict[str, dict[str, SiteReport]] = field(default_factory=dict)
+    """Name of a node that computes several sites -> those, by the name of their slice."""
 
-    def run(self, gm: fx.GraphModule, ctx: PassContext) -> None:
-        self._copy(CAPTURED, gm)
+    def run(self, gm: fx.GraphModule, options: CompileOptions) -> None:
+        report = CompileReport(scheme=str(options.scheme), device="")
+        ctx = PassContext(
+            scheme=options.scheme, keep=options.keep, attention=options.attention, report=report
+        )
+        self._copy(CAPTURED, gm, ())
 
         def observe(name: str, left: fx.GraphModule) -> None:
             self.entries |= ctx.sites
-            self._copy(name, left)
+            for part, (computing, _) in ctx.computed_by.items():
+                if part in ctx.sites:
+                    self.wide.setdefault(computing, {})[part] = ctx.sites[part]
+            self._copy(name, left, ctx.sites)
 
-        PassPipeline(passes=default_passes(), observer=observe).run(gm, ctx)
+        build_pipeline(options, report, observe).run(gm, ctx)
 
-    def _copy(self, after: str, gm: fx.GraphModule) -> None:
-        self.stages.append((after, [_describe(node) for node in gm.graph.nodes]))
+    def _copy(self, after: str, gm: fx.GraphModule, sites: Container[str]) -> None:
+        nodes = [_describe(node) | {"annotated": node.name in sites} for node in gm.graph.nodes]
+        self.stages.append((after, nodes))
 
     def snapshots(self, outcomes: Mapping[SiteKey, Outcome]) -> Iterator[Snapshot]:
         for after, nodes in self.stages:
@@ -185,6 +199,9 @@ class _Recorder:
                 role=entry.role, outcome=_outcome(entry), reason=entry.reason
             )
             raw |= {"site": entry.fqn, "role": known.role, "outcome": known.outcome, "reason": known.reason}
+        elif raw["name"] in self.wide:
+            members = [(entry.fqn, entry.role) for entry in self.wide[raw["name"]].values()]
+            raw |= {"site": members[0][0], "part": "wide", "members": tuple(members), "outcome": "quantized"}
         elif part_of is not None:
             known = outcomes.get(part_of.fqn)
             raw |= {
@@ -224,7 +241,8 @@ def _describe(node: fx.Node) -> dict[str, Any]:
 def _source(node: fx.Node, site: Any) -> str:
     """Where a placeholder comes from: a parameter's path, an argument's name, or a packed weight."""
     if SLOT_KEY in node.meta and site is not None:
-        return f"{site.fqn}.weight.{node.name.rpartition('_')[2]}"
+        kind = node.name.rpartition("_")[2]
+        return f"{site.fqn}.bias.joined" if kind == "joined" else f"{site.fqn}.weight.{kind}"
     source = source_name(node) or str(node.target)
     if is_parameter(node):
         return fqn_of_source(source)
