@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from viditq_fx.graph_edit import copy_graph_module
 from viditq_fx.passes.base import PassContext
 from viditq_fx.scheme import QuantScheme
+from viditq_fx.testing import relative_error as relative_error
+from viditq_fx.testing import targets as targets
 
 
 class Block(nn.Module):
@@ -88,22 +90,6 @@ def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False)
 def context(scheme: str = "w8a8", keep: tuple[str, ...] = ()) -> PassContext:
     """A fresh PassContext."""
     return PassContext(scheme=QuantScheme.parse(scheme), keep=keep)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want|| in fp64."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def targets(gm: fx.GraphModule) -> list[str]:
-    """Bare names of what a graph calls, in order, without getitem."""
-    from viditq_fx.passes.effects import op_name
-
-    return [
-        op_name(n)
-        for n in gm.graph.nodes
-        if n.op not in {"placeholder", "output"} and op_name(n) != "getitem"
-    ]
 
 
 def count(gm: fx.GraphModule, name: str) -> int:

@@ -2,77 +2,34 @@
 
 import pytest
 import torch
-from torch import fx, nn
 from torch.nn import functional as F
 
-from tests.small_models import capture, context, relative_error, targets
-from viditq_fx.passes.annotate_sites import AnnotateSites
-from viditq_fx.passes.base import Match, Reject
+from viditq_fx.passes.base import Match
 from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
-from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
-from viditq_fx.passes.insert_qdq import InsertQdq
-from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.pattern import Rewrite
 from viditq_fx.passes.pipeline import default_passes
-from viditq_fx.passes.verify import verify
+from viditq_fx.testing import check_example, prepared, relative_error, targets
 
 REWRITES = [step for step in default_passes() if isinstance(step, Rewrite)]
 EXAMPLES = [(rewrite, example) for rewrite in REWRITES for example in rewrite.examples]
 K = 64
 
 
-def prepared(program, *inputs):
-    """The graph of a program whose linears are integer linears, and its context.
-
-    A function's tensors are no parameters, so they are held by a module: a weight must be one.
-    """
-    gm, ctx = capture(as_module(program, *inputs), inputs[0]), context()
-    for step in (Normalize(), AnnotateSites(), InsertQdq(), FuseLinear()):
-        step.run(gm, ctx)
-    gm.recompile()
-    return gm, ctx
-
-
-def as_module(program, *inputs):
-    class Holder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.held = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in inputs[1:])
-
-        def forward(self, x):
-            return program(x, *self.held)
-
-    return Holder()
-
-
-def call_by_name(gm: fx.GraphModule, *inputs):
-    """Run a graph: its placeholders are the input and the held parameters, in any order."""
-    values = []
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            index = next((int(part) + 1 for part in node.name.split("_") if part.isdigit()), 0)
-            values.append(inputs[index])
-    (result,) = gm(*values)
-    return result
-
-
 @pytest.mark.parametrize(("rewrite", "example"), EXAMPLES, ids=[f"{r.name}: {e.label}" for r, e in EXAMPLES])
 def test_example(rewrite, example):
     """Match count, reason, same numbers, nothing left for a second run, invariants."""
-    inputs = example.inputs()
-    gm, ctx = prepared(example.program, *inputs)
-    before = call_by_name(gm, *inputs)
-    results = rewrite.run(gm, ctx)
-    assert sum(isinstance(r, Match) for r in results) == example.matches
-    if example.reason:
-        assert [r for r in results if isinstance(r, Reject) and example.reason in r.reason]
-    verify(gm, ctx, after=rewrite.name)
-    gm.recompile()
-    assert relative_error(call_by_name(gm, *inputs), before) < 1e-5
-    nodes = targets(gm)
-    assert not [r for r in rewrite.run(gm, ctx) if isinstance(r, Match)]
-    assert targets(gm) == nodes
+    check_example(rewrite, example)
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.name)
+def test_every_rewrite_has_examples_of_both_kinds(rewrite):
+    assert {bool(example.matches) for example in rewrite.examples} == {True, False}
+
+
+def linears(program, *inputs):
+    """The graph of a program whose linears are integer linears."""
+    return prepared(program, *inputs, upto="fuse_norm_quantize")
 
 
 def rms(x, weight=None):
@@ -139,15 +96,14 @@ def drawn(shapes, seed=0):
 def test_adaln_in_every_spelling(name, dtype):
     program, shapes = ADALN[name]
     inputs = tuple(t.to(dtype) for t in drawn([(2, 20, K), *shapes, (K, K)]))
-    gm, ctx = prepared(lambda x, *rest: F.linear(program(x, *rest[:-1]).to(x.dtype), rest[-1]), *inputs)
-    before = call_by_name(gm, *inputs)
-    (result,) = FuseNormQuantize().run(gm, ctx)
+    graph = linears(lambda x, *rest: F.linear(program(x, *rest[:-1]).to(x.dtype), rest[-1]), *inputs)
+    (before,) = graph.run()
+    (result,) = FuseNormQuantize().run(graph.gm, graph.ctx)
     assert isinstance(result, Match), result
     rms_or_layer = "rms_norm" if name.startswith("rms") or name == "whole factor" else "layer_norm"
-    assert ctx.report.sites[0].prologue == f"{rms_or_layer}+modulate"
-    assert not {"layer_norm", "rms_norm", "rsqrt", "quantize_per_token"} & set(targets(gm))
-    gm.recompile()
-    after = call_by_name(gm, *inputs)
+    assert graph.ctx.report.sites[0].prologue == f"{rms_or_layer}+modulate"
+    assert not {"layer_norm", "rms_norm", "rsqrt", "quantize_per_token"} & set(targets(graph.gm))
+    (after,) = graph.run()
     assert after.dtype == before.dtype == dtype
     # bf16 loses the roundings between norm, scale, shift and quantize.
     assert relative_error(after, before) < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -168,13 +124,12 @@ FFN = {
 def test_feed_forward_in_every_spelling(name):
     program, width = FFN[name]
     inputs = drawn([(2, 20, width), (K, K)])
-    gm, ctx = prepared(lambda x, w: F.linear(program(x), w), *inputs)
-    before = call_by_name(gm, *inputs)
-    (result,) = FuseActivationQuantize().run(gm, ctx)
+    graph = linears(lambda x, w: F.linear(program(x), w), *inputs)
+    (before,) = graph.run()
+    (result,) = FuseActivationQuantize().run(graph.gm, graph.ctx)
     assert isinstance(result, Match), result
-    assert ctx.report.sites[0].prologue == name
-    gm.recompile()
-    assert relative_error(call_by_name(gm, *inputs), before) < 1e-5
+    assert graph.ctx.report.sites[0].prologue == name
+    assert relative_error(graph.run()[0], before) < 1e-5
 
 
 REFUSED = {
@@ -193,12 +148,11 @@ REFUSED = {
 def test_what_only_looks_like_adaln_keeps_its_numbers(name):
     program, matches = REFUSED[name]
     inputs = drawn([(2, 20, K), (K, K)])
-    gm, ctx = prepared(program, *inputs)
-    before = call_by_name(gm, *inputs)
-    results = FuseNormQuantize().run(gm, ctx)
+    graph = linears(program, *inputs)
+    (before,) = graph.run()
+    results = FuseNormQuantize().run(graph.gm, graph.ctx)
     assert sum(isinstance(r, Match) for r in results) == matches
-    gm.recompile()
-    assert relative_error(call_by_name(gm, *inputs), before) < 1e-5
+    assert relative_error(graph.run()[0], before) < 1e-5
 
 
 def test_a_value_written_in_place_is_refused():
@@ -208,8 +162,7 @@ def test_a_value_written_in_place_is_refused():
         return F.linear(h * 2.0, w) + F.linear(h.to(x.dtype), w)
 
     inputs = drawn([(2, 20, K), (K, K)])
-    gm, ctx = prepared(program, *inputs)
-    before = call_by_name(gm, *inputs)
-    assert not [r for r in FuseNormQuantize().run(gm, ctx) if isinstance(r, Match)]
-    gm.recompile()
-    assert torch.equal(call_by_name(gm, *inputs), before)
+    graph = linears(program, *inputs)
+    (before,) = graph.run()
+    assert not [r for r in FuseNormQuantize().run(graph.gm, graph.ctx) if isinstance(r, Match)]
+    assert torch.equal(graph.run()[0], before)

@@ -64,7 +64,7 @@ class PassPipeline:
         """
         for step in self.passes:
             size, start = len(gm.graph.nodes), time.perf_counter()
-            results = self._run_extra(step, gm, ctx) if step in self.extra else step.run(gm, ctx)
+            results = self._run_extra(step, gm, ctx) if self._is_extra(step) else step.run(gm, ctx)
             if results is None:
                 continue
             seconds = time.perf_counter() - start
@@ -86,6 +86,9 @@ class PassPipeline:
                 count_work(gm.graph, ctx)
             if self.observer is not None:
                 self.observer(step.name, gm)
+
+    def _is_extra(self, step: Pass) -> bool:
+        return any(step is known for known in self.extra)  # by identity: a field may hold a tensor
 
     def _run_extra(
         self, step: Pass, gm: fx.GraphModule, ctx: PassContext
