@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from viditq_fx.inspection.answers import count_of, lines, percent, size
-from viditq_fx.inspection.breakdown import RoleRow, by_kernel, by_pass, by_role, everything, total
+from viditq_fx.inspection.breakdown import RoleRow, block_of, by_kernel, by_pass, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
 
 
@@ -67,7 +67,7 @@ def why(site: ExplainedSite) -> str:
     """Why a site ran as it did, and what it was fused with."""
     words = [site.reason] if site.reason else []
     if site.joined is not None and site.joined != site.fqn:
-        words.append(f"one GEMM with {site.joined}")
+        words.append(f"one GEMM with {site.joined.removeprefix(block_of(site.fqn) + '.')}")
     if site.prologue is not None and site.role == "attention":
         words.append(f"form: {site.prologue}")
     elif site.prologue is not None:
