@@ -61,10 +61,9 @@ def _not_quantized(report: ExplainReport) -> list[str]:
             f"{count} {what}{'s' if count > 1 else ''} {row.outcome}{share}: {row.reason}. {_named(row.sites)}."
         )
     if report.unseen:
-        shown = ", ".join(report.unseen[: 2 * _SHOWN]) + (", ..." if len(report.unseen) > 2 * _SHOWN else "")
         sentences.append(
-            f"{len(report.unseen)} linears are in no compiled graph (dead for this input, or run eagerly after a "
-            f"graph break): {shown}."
+            f"{len(report.unseen)} linears are in no compiled graph (dead for this input, or run eagerly: outside the "
+            f"compiled blocks, or after a graph break): {_named(report.unseen)}."
         )
     return sentences or ["Every linear is quantized."]
 
