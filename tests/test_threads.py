@@ -49,13 +49,13 @@ def test_one_blocks_while_the_other_is_about_to(monkeypatch):
 
 
 def test_packing_one_weight_twice_gives_one_pair(monkeypatch):
-    pack = packed_weights._pack
+    pack = packed_weights._quantized
 
     def slowly(*args):
         time.sleep(0.05)
         return pack(*args)
 
-    monkeypatch.setattr(packed_weights, "_pack", slowly)
+    monkeypatch.setattr(packed_weights, "_quantized", slowly)
     weight = torch.randn(64, 64)
     first, second = together(lambda: packed_weight(weight, 8, "weight"))
     assert first[0] is second[0]

@@ -182,3 +182,22 @@ def test_a_sinusoid_of_a_projection_is_content():
             return self.b(torch.sin(self.a(x)))
 
     assert [done for _, _, done, _ in opaque_reasons(Sine(), torch.randn(2, 20, 64))] == ["w8a8", "w8a8"]
+
+
+def test_what_an_opaque_attention_reads_is_no_query():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.attention = nn.Linear(8, 64), nn.MultiheadAttention(64, 2, batch_first=True)
+            self.up, self.down, self.head = nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 8)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            x = x + self.down(F.gelu(self.up(x)))
+            return self.head(x)
+
+    gm, ctx = capture(Block().train().requires_grad_(False), torch.randn(2, 20, 8)), context()
+    PassPipeline(passes=default_passes()).run(gm, ctx)
+    roles = {site.fqn: site.role for site in ctx.report.sites}
+    assert roles == dict(stem="stem", attention="other", up="ffn.up", down="ffn.down", head="head")

@@ -183,3 +183,19 @@ def test_groups_go_with_their_weights_and_old_ones_at_once():
     biases = [nn.Parameter(torch.randn(n), requires_grad=False) for n in (3, 4)]
     assert torch.equal(joined_bias(biases), torch.cat(biases))
     assert joined_bias(biases) is joined_bias(biases)
+
+
+def test_blocks_that_read_one_text_are_not_joined_with_each_other():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(K, K) for _ in range(4)) for _ in range(2))
+
+        def forward(self, x, text):
+            for q, k, v, out in self.blocks:
+                heads = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q(x), k(text), v(text)))
+                x = x + out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+            return x
+
+    _, _, groups = joined_paths(Cross(), torch.randn(2, 20, K), torch.randn(2, 24, K))
+    assert groups == [["blocks.0.1", "blocks.0.2"], ["blocks.1.1", "blocks.1.2"]]

@@ -3,7 +3,7 @@
 y_i = linear_w8a8(xq, s_x, wq_i, s_i, b_i)  ->  y_1, y_2, ... = split(linear_w8a8(xq, s_x, wq, s, b))
     with (wq, s) = quantize_per_channel(cat(w_i)),  b = cat(b_i)
 
-q, k and v of one stream, k and v of cross attention, gate and up of a SwiGLU, q, k, v and the MLP of a
+q, k and v of one attention, k and v of cross attention, gate and up of a SwiGLU, q, k, v and the MLP of a
 parallel block. The sums are the same integers, so every value stays bit for bit; the results are views.
 `place_weights` then has the parts joined when they are packed, once, and not at every call.
 """
@@ -40,11 +40,30 @@ class FuseSharedInput(Pass):
             if node.target in _LINEARS and node.name in ctx.sites and _parameter_of(node) is not None:
                 groups[_key(node)].append(node)
         results: list[Match | Reject] = []
-        for members in groups.values():
+        for members in (part for group in groups.values() for part in _by_attention(group, ctx)):
             # A weight read twice is packed once; joined with itself it would be packed twice.
             if len(members) > 1 and len({_parameter_of(m) for m in members}) == len(members):
                 results += _join(gm.graph, members, ctx)
         return tuple(results)
+
+
+def _by_attention(group: list[fx.Node], ctx: PassContext) -> list[list[fx.Node]]:
+    """Split a group where a second attention begins.
+
+    Every block of a model may read one text: joined, its keys and values of all blocks would be alive
+    from the first block to the last.
+    """
+    parts: list[list[fx.Node]] = []
+    seen: set[str] = set()
+    for node in group:
+        role = ctx.sites[node.name].role
+        if not parts or role in seen:
+            parts.append([])
+            seen = set()
+        if role.startswith("attn."):
+            seen.add(role)
+        parts[-1].append(node)
+    return parts
 
 
 def _key(node: fx.Node) -> tuple[Any, ...]:

@@ -225,6 +225,8 @@ class _RoleFinder:
         return same and example(down).shape[-1] < example(base).shape[-1]
 
     def _label_operands(self, attention: fx.Node) -> None:
+        if op_name(attention) == "multi_head_attention_forward":
+            return  # its projections are inside it: what it reads are no queries yet
         if op_name(attention) not in ATTENTION_NAMES and not self._is_opaque_attention(attention):
             # A product of two activations: which operand plays which part is not known.
             for operand in attention.all_input_nodes:
