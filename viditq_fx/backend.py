@@ -57,10 +57,11 @@ def _compile_quantized(
 ) -> Callable[..., Any]:
     from viditq_fx.graph_edit import copy_graph_module, example
     from viditq_fx.lowering.select import compile_with_kernels
+    from viditq_fx.lowering.templates import extra_templates
     from viditq_fx.passes.base import PassContext
     from viditq_fx.passes.pipeline import build_pipeline
     from viditq_fx.passes.place_weights import SLOT_KEY
-    from viditq_fx.plugins import identity
+    from viditq_fx.plugins import class_files, identity, package_files
     from viditq_fx.runtime import CompiledGraph
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -84,8 +85,12 @@ def _compile_quantized(
             passed_through.append(positions[node.name])
             values.append(example_inputs[positions[node.name]])
     sources = _source_names(original)
-    foreign = identity((step, None) for step in pipeline.extra)
-    compiled = compile_with_kernels(quantized, values, inductor, foreign)
+    templates = extra_templates(ours, report)
+    foreign = identity(
+        [(f"{type(step).__qualname__} {step!r}", class_files(type(step))) for step in pipeline.extra]
+        + [(f"{t.name} {t.configs}", package_files(t.source_file)) for t in templates]
+    )
+    compiled = compile_with_kernels(quantized, values, inductor, templates=templates, foreign=foreign)
     for name, entry in ctx.sites.items():
         if entry.done is not None and entry.kernel is None:
             choice = compiled.choice(*ctx.computed_by.get(name, (name, entry.fqn)))

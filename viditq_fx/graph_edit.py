@@ -18,19 +18,19 @@ def example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
     """Insert a call at the graph's insertion point, with its fake value and `like`'s provenance.
 
     AOTAutograd's cache is bypassed for nodes that carry no `example_value`.
     """
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     for key in _INHERITED:
         if key in like.meta:
             node.meta[key] = like.meta[key]
     fake_mode = _fake_mode(node)
-    values = fx.map_arg(args, example)
+    values, named = fx.map_arg(args, example), fx.map_arg(kwargs, example)
     with fake_mode, torch.no_grad():
-        node.meta["example_value"] = target(*values)
+        node.meta["example_value"] = target(*values, **named)
     return node
 
 

@@ -33,6 +33,8 @@ class CompileOptions:
     by the reference where there is no kernel (slow). "keep": leave SDPA alone."""
     extra_passes: tuple[Any, ...] = ()
     """Passes of the user's, each alone or in before(name, pass) or after(name, pass) of passes/pipeline.py."""
+    extra_templates: tuple[Any, ...] = ()
+    """Kernel templates of the user's, asked before ours where a GPU computes an op that they serve."""
     plugins: bool = True
     """Use the passes and kernel templates that installed packages offer through entry points."""
     mode: str | None = None

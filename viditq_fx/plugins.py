@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -72,30 +71,31 @@ def refuse(reason: str, report: CompileReport, *, strict: bool, cause: Exception
     warnings.warn(f"viditq: {reason}", stacklevel=2)
 
 
-def identity(objects: Iterable[tuple[Any, Path | None]]) -> tuple[str, ...] | None:
+def identity(objects: Iterable[tuple[str, list[Path]]]) -> tuple[str, ...] | None:
     """What tells one set of foreign objects from another in a cache key; None if there is no telling.
 
-    Each comes with the file that holds its code, or None to look for its class's. The files beside it in its
-    package count too: an op's reference is traced into compiled code and stands in no graph.
+    Each comes as a text and the files that hold its code, see `class_files` and `package_files`.
     """
     parts = []
-    for value, file in objects:
-        files = [file] if file is not None else _source_files(type(value))
+    for label, files in objects:
         if not files:
             return None
         digest = hashlib.sha256()
         for path in files:
             digest.update(path.name.encode() + path.read_bytes())
-        parts.append(f"{type(value).__module__}.{type(value).__qualname__}:{value!r}:{digest.hexdigest()}")
+        parts.append(f"{label}:{digest.hexdigest()}")
     return tuple(parts)
 
 
-def _source_files(kind: type) -> list[Path]:
-    module = sys.modules.get(kind.__module__)
+def class_files(kind: type) -> list[Path]:
+    """The files of the package in which a class stands; none for one that was typed into an interpreter."""
     try:
         path = Path(inspect.getsourcefile(kind) or "")
-    except TypeError:  # no module of that name, or one without a file: typed into an interpreter
+    except TypeError:  # no module of that name, or one without a file
         return []
-    if not path.is_file():
-        return []
-    return sorted(path.parent.glob("*.py")) if getattr(module, "__package__", None) else [path]
+    return package_files(path) if path.is_file() else []
+
+
+def package_files(path: Path) -> list[Path]:
+    """A file and, in a package, those beside it: an op's reference is traced into code and stands in no graph."""
+    return sorted(path.parent.glob("*.py")) if (path.parent / "__init__.py").exists() else [path]

@@ -1,6 +1,7 @@
 """Passes from outside: their place, what happens when they are wrong, and that caches tell them apart."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -15,7 +16,7 @@ from viditq_fx.lowering.inductor_compat import cache_fingerprint
 from viditq_fx.options import CompileOptions
 from viditq_fx.passes.base import Match, Pass
 from viditq_fx.passes.pipeline import after, before, build_pipeline, default_passes
-from viditq_fx.plugins import identity
+from viditq_fx.plugins import class_files, identity
 from viditq_fx.report import CompileReport
 from viditq_fx.runtime import executions
 from viditq_fx.site import Site
@@ -215,10 +216,12 @@ def test_two_extra_passes_share_no_cached_code():
 
 
 def test_code_without_a_source_file_is_kept_out_of_caches():
-    typed = type("Typed", (Look,), {"name": "typed", "__module__": "nowhere"})()
-    assert identity([(Look(), None)]) == identity([(Look(), None)])
-    assert identity([(Look(), None)]) != identity([(Other(), None)])
-    assert identity([(Look(), None), (typed, None)]) is None
+    typed = type("Typed", (Look,), {"name": "typed", "__module__": "nowhere"})
+    assert Path(__file__) in class_files(Look)
+    assert class_files(typed) == []
+    assert identity([("look", class_files(Look))]) == identity([("look", class_files(Other))])
+    assert identity([("look", class_files(Look))]) != identity([("other", class_files(Other))])
+    assert identity([("look", class_files(Look)), ("typed", [])]) is None
     assert cache_fingerprint(None, None).uuid() is None
     assert cache_fingerprint(None, ("a",)).uuid() != cache_fingerprint(None, ("b",)).uuid()
 

@@ -1,4 +1,6 @@
-"""Lower integer linears for CUDA: our Triton template where it fits, cuBLAS where it declines.
+"""Lower integer linears for CUDA: a Triton template where one fits, cuBLAS where all decline.
+
+Templates from outside are asked before ours.
 
 One config is chosen by an estimate of waves x tile work, which needs no device and no benchmark.
 When the user asks Inductor to autotune and a device is there, all configs and cuBLAS are timed.
@@ -13,6 +15,8 @@ import torch
 from viditq_fx.lowering import inductor_compat as inductor
 from viditq_fx.lowering.extern_linear import viditq_int_mm_linear
 from viditq_fx.lowering.kernel_log import KernelRecord, record
+from viditq_fx.lowering.templates import outside_templates
+from viditq_fx.plugins import Failure, attempt
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
 from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, constants
 
@@ -23,7 +27,7 @@ EAGER = "eager reference"
 def lower_linear(
     overload: Any, x_q: Any, x_scale: Any, w_q: Any, w_scale: Any, bias: Any, out_dtype: torch.dtype
 ) -> Any:
-    """Inductor's lowering of `linear_w8a8` and `linear_w8a7`: TensorBoxes in, TensorBox out."""
+    """Inductor's lowering of `linear_w8a8`, `linear_w8a7` and ops like them: TensorBoxes in, TensorBox out."""
     device = x_q.get_device()
     if device.type != "cuda" or torch.version.hip:
         _record(overload, EAGER, f"no kernel of ours for device type {device.type}")
@@ -35,25 +39,47 @@ def lower_linear(
         return inductor.zero_tensor(size, out_dtype, device)
     layout = inductor.output_layout(x_q, size, out_dtype)
     inputs = [inductor.contiguous(t) for t in (x_q, x_scale, w_q, w_scale, bias) if t is not None]
-    extern = inductor.extern_choice(viditq_int_mm_linear, inputs, layout, out_dtype=out_dtype)
+    ours = any(op.overload is overload for op in TEMPLATE.ops)
     problem = _problem(device, rows, width, depth, out_dtype)
-    declined = problem if isinstance(problem, str) else TEMPLATE.supports(problem)
-    if declined is not None:
-        _record(overload, EXTERN, declined)
-        return extern.output_node()
-    assert isinstance(problem, LinearProblem)
-    tuned = inductor.wants_autotuning()
-    configs = TEMPLATE.candidates(problem)[: None if tuned else 1]
-    named = {_label(config): _choice(config, inputs, layout, size, bias is not None) for config in configs}
-    if tuned:
-        named[EXTERN] = extern
+    templates = (*outside_templates(overload), *([TEMPLATE] if ours else []))
+    tuned, configs, declined = inductor.wants_autotuning(), {}, []
+    for template in templates:
+        fitting = _fitting(template, problem)
+        if isinstance(fitting, str):
+            declined.append(fitting if template is TEMPLATE else f"{template.name} declined: {fitting}")
+        elif tuned or not configs:
+            configs |= {_label(template, c): (template, c) for c in fitting[: None if tuned else 1]}
+    named = {
+        label: _choice(template, config, inputs, layout, size, bias is not None)
+        for label, (template, config) in configs.items()
+    }
+    if ours and (tuned or not named):
+        named[EXTERN] = inductor.extern_choice(viditq_int_mm_linear, inputs, layout, out_dtype=out_dtype)
+    if not configs:
+        _record(overload, EXTERN if ours else EAGER, "; ".join(declined))
+        if ours:
+            return named[EXTERN].output_node()
+        return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
     result, winner = inductor.select(TEMPLATE.name, list(named.values()), inputs, layout)
     kernel = next((label for label, choice in named.items() if choice is winner), "autotuned")
-    _record(overload, kernel, f"fastest of {len(named)} timed" if tuned else "estimated best tile")
+    why = f"fastest of {len(named)} timed" if tuned else "estimated best tile"
+    _record(overload, kernel, "; ".join([why, *declined]))
     return result
 
 
-def _problem(device: torch.device, rows: Any, width: Any, depth: Any, out_dtype: torch.dtype) -> Any:
+def _fitting(template: KernelTemplate, problem: LinearProblem | str) -> tuple[GemmConfig, ...] | str:
+    """A template's configs for a problem, best first, or why it does not compute it."""
+    if isinstance(problem, str):
+        return problem
+    if template is TEMPLATE:
+        return template.supports(problem) or template.candidates(problem)
+    fitting = attempt(lambda: template.supports(problem) or template.candidates(problem))
+    return str(fitting) if isinstance(fitting, Failure) else fitting
+
+
+def _problem(
+    device: torch.device, rows: Any, width: Any, depth: Any, out_dtype: torch.dtype
+) -> LinearProblem | str:
     """The LinearProblem, or the reason why there is none."""
     static_width, static_depth = inductor.static_int(width), inductor.static_int(depth)
     if static_width is None or static_depth is None:
@@ -68,12 +94,19 @@ def _problem(device: torch.device, rows: Any, width: Any, depth: Any, out_dtype:
     )
 
 
-def _choice(config: GemmConfig, inputs: list[Any], layout: Any, size: list[Any], has_bias: bool) -> Any:
+def _choice(
+    template: KernelTemplate,
+    config: GemmConfig,
+    inputs: list[Any],
+    layout: Any,
+    size: list[Any],
+    has_bias: bool,
+) -> Any:
     rows, width = inductor.product(size[:-1]), size[-1]
     depth = inputs[2].get_size()[1]
-    name = f"viditq_{TEMPLATE.name}_{len(size)}d{'_bias' if has_bias else ''}"
+    name = f"viditq_{template.name}_{len(size)}d{'_bias' if has_bias else ''}"
     return inductor.triton_choice(
-        inductor.triton_template(name, template_source(TEMPLATE, len(size), has_bias)),
+        inductor.triton_template(name, template_source(template, len(size), has_bias)),
         inputs,
         layout,
         rows=rows,
@@ -113,8 +146,8 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _label(config: GemmConfig) -> str:
-    return f"triton:{TEMPLATE.name} {config} s{config.num_stages} w{config.num_warps}"
+def _label(template: KernelTemplate, config: GemmConfig) -> str:
+    return f"triton:{template.name} {config} s{config.num_stages} w{config.num_warps}"
 
 
 def _record(overload: Any, kernel: str, reason: str) -> None:

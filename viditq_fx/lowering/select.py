@@ -12,6 +12,8 @@ from viditq_fx.lowering.inductor_compat import cache_fingerprint, configured, wi
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
 from viditq_fx.lowering.select_cpu import KernelChoice, integer_linears, select_cpu_kernels
+from viditq_fx.lowering.templates import serving
+from viditq_fx.triton_templates.base import KernelTemplate
 
 _PASS_OPTION = "post_grad_custom_pre_pass"
 
@@ -33,20 +35,26 @@ class Compiled:
 
 
 def compile_with_kernels(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Any, foreign: tuple[str, ...] | None = ()
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    inductor: Any,
+    *,
+    templates: Sequence[KernelTemplate] = (),
+    foreign: tuple[str, ...] | None = (),
 ) -> Compiled:
     """Choose kernels and compile; rewrites `gm` in place.
 
-    `inductor` is torch's own compiler object, which holds the user's Inductor options. `foreign` identifies the
-    code from outside that had a hand in the graph, for cache keys; None keeps it out of caches.
+    `inductor` is torch's own compiler object, which holds the user's Inductor options. `templates` are those from
+    outside; `foreign` identifies all code from outside for cache keys, None keeps the result out of caches.
     """
     by_node = select_cpu_kernels(gm)
     theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
     inductor.config[_PASS_OPTION] = cache_fingerprint(theirs, foreign)
-    if not integer_linears(gm):
+    others = {op.overload: op for template in templates for op in template.ops}
+    if not integer_linears(gm) and not any(node.target in others for node in gm.graph.nodes):
         return Compiled(run=inductor(gm, example_inputs), by_node=by_node)
-    install()
-    with kernel_log() as log, wide_persistent_reductions():
+    install(others.values())
+    with serving(templates), kernel_log() as log, wide_persistent_reductions():
         run = inductor(gm, example_inputs)
     choices = {r.fqn: KernelChoice(kernel=r.kernel, reason=r.reason) for r in log.values()}
     return Compiled(run=run, by_node=by_node, by_fqn=choices)

@@ -62,6 +62,16 @@ def fqn_of_node(node: fx.Node) -> str:
     return fqn_of_source(next(reversed(stack.values()))[0])
 
 
+def move_site(old: fx.Node, new: fx.Node, ctx: PassContext) -> None:
+    """Let `new` be the site that `old` was: for a pass that puts one linear in another's place."""
+    new.meta.update({key: value for key, value in old.meta.items() if str(key).startswith("viditq_")})
+    if old.name in ctx.sites:
+        ctx.sites[new.name] = ctx.sites.pop(old.name)
+    for part, (wide, fqn) in ctx.computed_by.items():
+        if wide == old.name:
+            ctx.computed_by[part] = (new.name, fqn)
+
+
 def hint(size: Any) -> int | None:
     """The size that a dimension had at compile time; None for an unbacked one."""
     if isinstance(size, int):

@@ -22,6 +22,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import same_size
 from viditq_fx.passes.effects import is_mutation, op_name, write_roots
@@ -75,7 +76,10 @@ def one() -> Expression:
 
 
 def call(kind: str, *operands: Expression) -> Expression:
-    """A call of an op of this kind (see `spelling`); its other arguments are bound as attributes."""
+    """A call of an op of this kind (see `spelling`); its other arguments are bound as attributes.
+
+    What `spelling` has no entry for is a kind by its bare name: call("softplus", x), call("pow", x, number("n")).
+    """
     return Expression(kind, operands)
 
 
@@ -111,7 +115,7 @@ _UNARY = {
 
 
 def spelling(node: fx.Node) -> Spelled | None:
-    """The canonical form of a node; None for what no pattern speaks of."""
+    """The canonical form of a node; None for what no pattern may speak of."""
     if node.op not in {"call_function", "call_method"}:
         return None
     name = op_name(node)
@@ -119,8 +123,11 @@ def spelling(node: fx.Node) -> Spelled | None:
         return Spelled(_BINARY[name], tuple(node.args))
     if name in _UNARY and node.args:
         return Spelled(_UNARY[name], (node.args[0],))
-    reader = _READERS.get(name)
-    return reader(node) if reader is not None else None
+    if name in _READERS:
+        return _READERS[name](node)
+    if name in _BINARY or name in _UNARY or is_mutation(node):
+        return None
+    return Spelled(name, tuple(node.args), node.kwargs)
 
 
 def arguments(node: fx.Node, names: Sequence[str], **defaults: Any) -> dict[str, Any]:
@@ -163,8 +170,8 @@ def _gelu(node: fx.Node) -> Spelled:
 
 
 def _power(node: fx.Node) -> Spelled | None:
-    got = arguments(node, ("input", "exponent"))
-    return Spelled("square", (got["input"],)) if got.get("exponent") == 2 else None
+    base, exponent = (arguments(node, ("input", "exponent")).get(name) for name in ("input", "exponent"))
+    return Spelled("square", (base,)) if exponent == 2 else Spelled("pow", (base, exponent))
 
 
 def _mean(node: fx.Node) -> Spelled | None:
@@ -323,9 +330,13 @@ class Rewrite(Pass):
     """Tried in order at each root; the first that matches and is accepted wins."""
     examples: ClassVar[tuple[Example, ...]] = ()
 
-    @abstractmethod
     def roots(self, gm: fx.GraphModule, ctx: PassContext) -> Iterator[fx.Node]:
-        """Nodes at which the patterns end."""
+        """Nodes at which the patterns may end: by default those of the kind that a pattern ends in."""
+        kinds = {pattern.expression.kind for pattern in self.patterns}
+        for node in gm.graph.nodes:
+            spelled = spelling(node)
+            if spelled is not None and spelled.kind in kinds:
+                yield node
 
     @abstractmethod
     def accept(self, found: Found, ctx: PassContext) -> str | None:
@@ -335,9 +346,9 @@ class Rewrite(Pass):
     def replace(self, gm: fx.GraphModule, found: Found, ctx: PassContext) -> str:
         """Put the replacement in place of `found.root` and say what it is, for the report."""
 
-    @abstractmethod
     def site(self, root: fx.Node) -> Site:
-        """The site that a root belongs to."""
+        """The site that a root belongs to: by default its own, or the module in which it stands."""
+        return root.meta.get(SITE_KEY) or Site(fqn_of_node(root))
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []

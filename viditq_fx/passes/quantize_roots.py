@@ -14,7 +14,6 @@ from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 from viditq_fx.passes.pattern import Found, Rewrite
-from viditq_fx.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,6 @@ class QuantizeRewrite(Rewrite):
 
     def roots(self, gm: fx.GraphModule, ctx: PassContext) -> Iterator[fx.Node]:
         return self.quantize_nodes(gm)
-
-    def site(self, root: fx.Node) -> Site:
-        return root.meta[SITE_KEY]
 
     def replace(self, gm: fx.GraphModule, found: Found, ctx: PassContext) -> str:
         root = found.root

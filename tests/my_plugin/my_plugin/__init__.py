@@ -1,0 +1,1 @@
+"""A pass and a kernel template for viditq_fx, from outside."""
