@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,17 @@ def example(node: fx.Node) -> Any:
     return node.meta.get("example_value")
 
 
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
+def call(
+    graph: fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    like: fx.Node,
+    fake: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> fx.Node:
     """Insert a call at the graph's insertion point, with its fake value and `like`'s provenance.
 
+    `fake` gives that value from the fake arguments, where running `target` on them takes long.
     AOTAutograd's cache is bypassed for nodes that carry no `example_value`.
     """
     node = graph.call_function(target, args, kwargs)
@@ -30,7 +39,7 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **k
     fake_mode = _fake_mode(node)
     values, named = fx.map_arg(args, example), fx.map_arg(kwargs, example)
     with fake_mode, torch.no_grad():
-        node.meta["example_value"] = target(*values, **named)
+        node.meta["example_value"] = (fake or target)(*values, **named)
     return node
 
 

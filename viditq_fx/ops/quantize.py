@@ -72,6 +72,22 @@ def dequantize_per_channel(q_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) ->
     return (q_NK.to(torch.float32) * scale_N.unsqueeze(-1)).to(dtype)
 
 
+def fake_per_token(x_MK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What any op that quantizes x [..., K] per token returns, without values: for fake tensors."""
+    scale_M = x_MK.new_empty((*x_MK.shape[:-1], 1), dtype=torch.float32)
+    return torch.empty_like(x_MK, dtype=torch.int8), scale_M
+
+
+def fake_per_channel(w_NK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What quantize_per_channel returns, without values."""
+    return torch.empty_like(w_NK, dtype=torch.int8), w_NK.new_empty((w_NK.shape[0],), dtype=torch.float32)
+
+
+def fake_dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What dequantize_per_token and dequantize_per_channel return, without values."""
+    return torch.empty_like(q, dtype=dtype)
+
+
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(0)
 

@@ -19,6 +19,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
+from viditq_fx.ops.quantize import fake_per_channel
 from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import is_parameter
@@ -101,7 +102,9 @@ def _join(graph: fx.Graph, members: list[fx.Node], ctx: PassContext) -> list[Mat
     biases = [member.args[4] for member in members]
     with graph.inserting_before(first):
         joined = call(graph, torch.cat, (weights, 0), first)
-        pair = call(graph, ops.QUANTIZE_PER_CHANNEL.overload, (joined, scheme.weight_bits), first)
+        pair = call(
+            graph, ops.QUANTIZE_PER_CHANNEL.overload, (joined, scheme.weight_bits), first, fake_per_channel
+        )
         wide_bias = None if bias is None else call(graph, torch.cat, (biases, 0), first)
         integers, scales = (getitem(graph, pair, index, first) for index in (0, 1))
         operands = (x, x_scale, integers, scales, wide_bias, dtype)

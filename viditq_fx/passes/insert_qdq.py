@@ -15,6 +15,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
+from viditq_fx.ops.quantize import fake_dequantized, fake_per_channel, fake_per_token
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.effects import is_mutation
@@ -64,11 +65,14 @@ def _wrap_input(
     key = (x, scheme.input_bits)
     with graph.inserting_before(linear):
         if key not in quantized:
-            pair = call(graph, ops.QUANTIZE_PER_TOKEN.overload, (x, scheme.input_bits), linear)
+            pair = call(
+                graph, ops.QUANTIZE_PER_TOKEN.overload, (x, scheme.input_bits), linear, fake_per_token
+            )
             quantized[key] = (getitem(graph, pair, 0, linear), getitem(graph, pair, 1, linear))
             _stamp((pair, *quantized[key]), linear, scheme, "input")
         q, scale = quantized[key]
-        value = call(graph, ops.DEQUANTIZE_PER_TOKEN.overload, (q, scale, example(x).dtype), linear)
+        operands = (q, scale, example(x).dtype)
+        value = call(graph, ops.DEQUANTIZE_PER_TOKEN.overload, operands, linear, fake_dequantized)
         _stamp((value,), linear, scheme, "input")
     linear.update_arg(0, value)
 
@@ -77,9 +81,12 @@ def _wrap_weight(graph: fx.Graph, linear: fx.Node, scheme: QuantScheme) -> None:
     w = linear.args[1]
     assert isinstance(w, fx.Node)
     with graph.inserting_before(linear):
-        pair = call(graph, ops.QUANTIZE_PER_CHANNEL.overload, (w, scheme.weight_bits), linear)
+        pair = call(
+            graph, ops.QUANTIZE_PER_CHANNEL.overload, (w, scheme.weight_bits), linear, fake_per_channel
+        )
         q, scale = getitem(graph, pair, 0, linear), getitem(graph, pair, 1, linear)
-        value = call(graph, ops.DEQUANTIZE_PER_CHANNEL.overload, (q, scale, example(w).dtype), linear)
+        operands = (q, scale, example(w).dtype)
+        value = call(graph, ops.DEQUANTIZE_PER_CHANNEL.overload, operands, linear, fake_dequantized)
         _stamp((pair, q, scale, value), linear, scheme, "weight")
     linear.update_arg(1, value)
 

@@ -69,7 +69,6 @@ class PassPipeline:
                 continue
             seconds = time.perf_counter() - start
             verify(gm, ctx, after=step.name)
-            gm.recompile()
             matches = sum(isinstance(result, Match) for result in results)
             ctx.report.passes.append(
                 PassTrace(
@@ -86,6 +85,7 @@ class PassPipeline:
                 count_work(gm.graph, ctx)
             if self.observer is not None:
                 self.observer(step.name, gm)
+        gm.recompile()
 
     def _is_extra(self, step: Pass) -> bool:
         return any(step is known for known in self.extra)  # by identity: a field may hold a tensor

@@ -10,6 +10,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import call
+from viditq_fx.ops.quantize import fake_per_token
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
@@ -42,7 +43,7 @@ class QuantizeRewrite(Rewrite):
     def replace(self, gm: fx.GraphModule, found: Found, ctx: PassContext) -> str:
         root = found.root
         with gm.graph.inserting_before(root):
-            fused = call(gm.graph, self.op.overload, self.operands(found), root)
+            fused = call(gm.graph, self.op.overload, self.operands(found), root, fake_per_token)
         fused.meta[SITE_KEY], fused.meta[SCHEME_KEY] = root.meta[SITE_KEY], root.meta[SCHEME_KEY]
         root.replace_all_uses_with(fused)
         for item in fused.users:
