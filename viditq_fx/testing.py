@@ -125,7 +125,9 @@ def as_module(program: Callable[..., Any], *inputs: Any) -> nn.Module:
             self.held = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in inputs[1:])
 
         def forward(self, x: Tensor) -> Any:
-            return program(x, *self.held)
+            return program(
+                x, *(self.held[i] for i in range(len(self.held)))
+            )  # torch 2.11 unpacks no ParameterList
 
     return Holder()
 
