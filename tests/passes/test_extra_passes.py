@@ -243,6 +243,14 @@ def test_a_pass_that_raises_is_left_out():
     assert [trace.name for trace in report.passes] == NAMES
 
 
+@pytest.mark.parametrize("returned", [None, 3, [None], (Look(),)])
+def test_a_pass_that_returns_something_else_is_left_out(returned):
+    step = type("Says", (Look,), {"name": "says", "run": lambda self, gm, ctx: returned})()
+    with pytest.warns(UserWarning, match="'says' raised TypeError: run returns a tuple"), executions() as ran:
+        compiled(nn.Linear(64, 64).requires_grad_(False), step)(torch.randn(40, 64))
+    assert [trace.name for trace in ran[0].report.passes] == NAMES
+
+
 def test_the_graph_is_as_it_was_wherever_a_pass_raises():
     def graph(*extra):
         gm, ctx = capture(tiny_dit(1), *tiny_inputs()), context()

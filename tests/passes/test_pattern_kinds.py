@@ -24,6 +24,14 @@ def total(x, y):
     return x + y
 
 
+def ratio(x, y):
+    return x / y
+
+
+def difference(x, y):
+    return x - y
+
+
 @pytest.mark.parametrize(
     ("pattern", "program", "matches"),
     [
@@ -34,6 +42,10 @@ def total(x, y):
         (squared, lambda x: x.pow(2), True),
         (softplus, lambda x: F.softplus(x), True),
         (softplus, lambda x: F.softplus(x, 2), False),
+        (ratio, lambda x: x / 3, True),
+        (ratio, lambda x: x.div(x), True),
+        (ratio, lambda x: torch.div(x, x, rounding_mode="floor"), False),
+        (difference, lambda x: torch.sub(x, x), True),
         (total, lambda x: torch.add(x, x), True),
         (total, lambda x: torch.add(x, x, alpha=2), False),
         (total, lambda x: x.clone().add_(x), False),

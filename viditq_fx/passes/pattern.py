@@ -45,6 +45,12 @@ class Expression:
     def __mul__(self, other: Expression) -> Expression:
         return Expression("mul", (self, other))
 
+    def __sub__(self, other: Expression) -> Expression:
+        return Expression("sub", (self, other))
+
+    def __truediv__(self, other: Expression) -> Expression:
+        return Expression("div", (self, other))
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -103,7 +109,12 @@ class Spelled:
 _COMMUTATIVE = frozenset({"add", "mul"})
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "type", "contiguous", "clone"})
 _SHAPES = frozenset({"view", "reshape", "squeeze", "unsqueeze", "flatten", "expand", "view_as", "reshape_as"})
-_BINARY = {"add": "add", "iadd": "add", "mul": "mul", "imul": "mul", "multiply": "mul"}
+_BINARY = {
+    **dict.fromkeys(("add", "iadd"), "add"),
+    **dict.fromkeys(("mul", "imul", "multiply"), "mul"),
+    **dict.fromkeys(("sub", "isub", "subtract"), "sub"),
+    **dict.fromkeys(("div", "truediv", "itruediv", "divide", "true_divide"), "div"),
+}
 _UNARY = {
     "rsqrt": "rsqrt",
     "silu": "silu",

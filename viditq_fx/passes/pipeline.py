@@ -95,7 +95,7 @@ class PassPipeline:
     ) -> tuple[Match | Reject, ...] | None:
         """Run a pass from outside; None if it raised, and the graph is as it was."""
         checkpoint = Checkpoint(gm, ctx)
-        results = attempt(step.run, gm, ctx)
+        results = attempt(lambda: _checked(step.run(gm, ctx)))
         if isinstance(results, Failure):
             checkpoint.restore()
             reason = f"extra pass {step.name!r} raised {results}; compiled without it"
@@ -103,6 +103,12 @@ class PassPipeline:
             return None
         checkpoint.check_interface(step.name)
         return results
+
+
+def _checked(results: object) -> tuple[Match | Reject, ...]:
+    if not isinstance(results, tuple | list) or not all(isinstance(r, Match | Reject) for r in results):
+        raise TypeError(f"run returns a tuple of Match and Reject, not {results!r}")
+    return tuple(results)
 
 
 def _log(trace: PassTrace, results: tuple[Match | Reject, ...]) -> None:
