@@ -15,13 +15,17 @@ if reason := missing():
 from nogpu.fake_cuda import cuda_code
 
 from viditq_fx.backend import viditq_backend
-from viditq_fx.errors import OptionError
+from viditq_fx.errors import OptionError, StrictError
 from viditq_fx.graph_edit import call
+from viditq_fx.lowering import templates
 from viditq_fx.lowering.templates import check_template
 from viditq_fx.ops import LINEAR_W8A8, NORM_MODULATE_QUANTIZE
 from viditq_fx.ops.base import register
+from viditq_fx.options import CompileOptions
 from viditq_fx.passes.annotate_sites import move_site
 from viditq_fx.passes.base import Match, Pass
+from viditq_fx.plugins import Failure, Plugin
+from viditq_fx.report import CompileReport
 from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE as OURS
 
 pytestmark = pytest.mark.slow
@@ -31,7 +35,7 @@ def template(**changes):
     return replace(OURS, **{"name": "theirs", **changes})
 
 
-def kernel_of(*templates, **options):
+def kernel_of(*extra, **options):
     """(kernel, reason, generated code) of one linear."""
     reports = []
 
@@ -40,7 +44,7 @@ def kernel_of(*templates, **options):
             return nn.Linear(256, 256).requires_grad_(False), torch.empty(512, 256)
 
     def compiler(gm, inputs):
-        settings = {"extra_templates": list(templates), "plugins": False, **options}
+        settings = {"extra_templates": list(extra), "plugins": False, **options}
         reports.append(viditq_backend(gm, inputs, options=settings).report)
 
     code = cuda_code(make, compiler=compiler)
@@ -94,6 +98,27 @@ def test_a_wrong_template_is_an_option_error(value, message):
     with pytest.raises(BackendCompilerFailed, match=message) as caught:
         kernel_of(value)
     assert isinstance(caught.value.inner_exception, OptionError)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "OptionError: a template is"),
+        (Failure(error=ImportError("no such file")), "ImportError: no such file"),
+    ],
+)
+def test_a_wrong_plugin_is_left_out_with_a_reason(monkeypatch, value, message):
+    found = [Plugin(name="plugin 'wrong'", value=value), Plugin(name="plugin 'right'", value=template())]
+    monkeypatch.setattr(templates, "installed", lambda group: found)
+    options, report = CompileOptions(), CompileReport(scheme="w8a8", device="cuda")
+    with pytest.warns(UserWarning, match="plugin 'wrong' was left out"):
+        assert [t.name for t in templates.extra_templates(options, report)] == ["theirs"]
+    assert message in report.rejects[0]
+    with pytest.raises(StrictError, match="plugin 'wrong' was left out"):
+        templates.extra_templates(CompileOptions(strict=True), report)
+    on_cpu = CompileReport(scheme="w8a8", device="cpu")
+    assert templates.extra_templates(options, on_cpu) == ()
+    assert on_cpu.rejects == []
 
 
 @pytest.fixture(scope="module")

@@ -251,6 +251,7 @@ def test_a_pass_that_returns_something_else_is_left_out(returned):
     assert [trace.name for trace in ran[0].report.passes] == NAMES
 
 
+@pytest.mark.slow
 def test_the_graph_is_as_it_was_wherever_a_pass_raises():
     def graph(*extra):
         gm, ctx = capture(tiny_dit(1), *tiny_inputs()), context()
