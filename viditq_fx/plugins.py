@@ -47,7 +47,7 @@ def attempt(call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
     # Whatever a plugin raises, the model must compile without it.
     except Exception as error:  # noqa: BLE001
-        _LOG.debug("%r raised", call, exc_info=True)
+        _LOG.debug("code from outside raised", exc_info=True)
         return Failure(error=error)
 
 
