@@ -97,17 +97,19 @@ class QuantLinear(nn.Module):
         dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         )
-        if torch.compiler.is_exporting():
-            self._keep_plain()
+        if torch.compiler.is_compiling():
+            self._keep_plain_for_export()
         x_q, x_scale = ops.QUANTIZE_PER_TOKEN.overload(x, self.scheme.input_bits)
         linear = _LINEARS[str(self.scheme)].overload
         return linear(x_q, x_scale, self._weight_q, self._weight_scale, self.bias, dtype)
 
-    @torch.compiler.assume_constant_result  # so Dynamo runs it, where export is strict
-    def _keep_plain(self) -> bool:
+    @torch.compiler.assume_constant_result  # so Dynamo runs it, and torch 2.11's does not take it for an export
+    def _keep_plain_for_export(self) -> bool:
         """An exported program holds the key itself, and saves it."""
-        keep_plain(self._weight_q)
-        return True
+        exporting = torch.compiler.is_exporting()
+        if exporting:
+            keep_plain(self._weight_q)
+        return exporting
 
     @property
     def weight(self) -> Tensor:
