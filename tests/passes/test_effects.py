@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.small_models import capture, context, relative_error
+from tests.small_models import capture, context, count, relative_error
 from viditq_fx.passes.effects import write_roots
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.pipeline import PassPipeline, default_passes
@@ -201,3 +201,26 @@ def test_what_an_opaque_attention_reads_is_no_query():
     PassPipeline(passes=default_passes()).run(gm, ctx)
     roles = {site.fqn: site.role for site in ctx.report.sites}
     assert roles == dict(stem="stem", attention="other", up="ffn.up", down="ffn.down", head="head")
+
+
+def test_a_write_into_newer_memory_keeps_the_quantize_shared():
+    """Rotary embeddings write into a tensor that they make: what was quantized before cannot change."""
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x):
+            h = F.layer_norm(x, (64,))
+            q = self.q(h)
+            out = torch.empty_like(q)
+            out[..., ::2], out[..., 1::2] = q[..., 1::2], q[..., ::2]
+            k = self.k(h)
+            k[:, :3] = 0
+            return out, k, self.v(h)
+
+    gm, ctx = capture(Rotary().requires_grad_(False), torch.randn(2, 20, 64)), context()
+    PassPipeline(passes=default_passes()).run(gm, ctx)
+    assert count(gm, "norm_modulate_quantize") == 1
+    assert {site.joined for site in ctx.report.sites} == {"q"}

@@ -50,6 +50,14 @@ _MAY_ALIAS = frozenset(
 """Results that may share memory with the first argument; casts do where the dtype is the same already."""
 
 
+_FRESH = frozenset(
+    {"empty_like", "zeros_like", "ones_like", "full_like", "empty", "zeros", "ones", "full", "clone"}
+    | {"new_empty", "new_zeros", "new_ones", "new_full", "linear", "layer_norm", "rms_norm", "add", "mul"}
+    | {"cat", "stack", "matmul", "bmm", "softmax"}
+)
+"""Results that are always memory of their own, when the call is no write."""
+
+
 def op_name(node: fx.Node) -> str:
     """Bare name of what a node calls: "linear", "scaled_dot_product_attention", "add_", ..."""
     target = node.target
@@ -96,6 +104,21 @@ def write_roots(graph: fx.Graph) -> set[fx.Node]:
         for target in written_inputs(node):
             roots.update(aliased_chain(target))
     return roots
+
+
+def may_write(node: fx.Node, value: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a node may write into `value`'s memory; `order` is each node's place in the graph.
+
+    It cannot where it writes memory that was made after `value` was.
+    """
+    for target in written_inputs(node):
+        *_, root = aliased_chain(target)
+        fresh = (
+            op_name(root) in _FRESH and root.op in {"call_function", "call_method"} and not is_mutation(root)
+        )
+        if not (fresh and order[root] > order[value]):
+            return True
+    return False
 
 
 def aliased_chain(node: fx.Node) -> Iterator[fx.Node]:

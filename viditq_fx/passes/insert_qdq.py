@@ -18,7 +18,7 @@ from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.ops.quantize import fake_dequantized, fake_per_channel, fake_per_token
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.effects import is_mutation
+from viditq_fx.passes.effects import is_mutation, may_write
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import Site
 
@@ -36,9 +36,11 @@ class InsertQdq(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
         quantized: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]] = {}
-        for node in list(gm.graph.nodes):
+        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        for node in order:
             if is_mutation(node):
-                quantized.clear()  # what was quantized may have been written since
+                for key in [key for key in quantized if may_write(node, key[0], order)]:
+                    del quantized[key]
             entry = ctx.sites.get(node.name)
             if entry is None or entry.planned is None or entry.reason is not None or SCHEME_KEY in node.meta:
                 continue
