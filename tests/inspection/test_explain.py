@@ -84,3 +84,13 @@ def test_options_belong_to_the_compilation():
     compiled = torch.compile(nn.Linear(64, 64), backend="viditq")
     with pytest.raises(ViditqError, match="compiled already"):
         vq.explain(compiled, torch.randn(40, 64), options={"scheme": "w8a7"})
+
+
+def test_a_report_of_a_model_that_wants_gradients_says_what_it_shows():
+    """The user's own call outside no_grad runs plain Inductor: the report is not of that call, and says so."""
+    model = tiny_dit(1).requires_grad_(True)
+    report = vq.explain(model, *tiny_inputs())
+    assert report.count("quantized")
+    assert "left to plain Inductor" in str(report)
+    with torch.no_grad():
+        assert "left to plain Inductor" not in str(vq.explain(model, *tiny_inputs()))

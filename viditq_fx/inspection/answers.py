@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,10 +70,13 @@ def _not_quantized(report: ExplainReport) -> list[str]:
 
 
 def _named(paths: Sequence[str]) -> str:
-    """Paths, those of repeated blocks told once: "blocks.*.attn (12)"."""
+    """Paths, those of repeated blocks told once: "blocks.*.attn (12)".
+
+    Only the block's number becomes a star, so that the text is a pattern that `keep` takes.
+    """
     patterns: dict[str, list[str]] = {}
     for path in paths:
-        pattern = ".".join("*" if step.isdigit() else step for step in path.split("."))
+        pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path, count=1)
         patterns.setdefault(pattern, []).append(path)
     named = [same[0] if len(same) == 1 else f"{pattern} ({len(same)})" for pattern, same in patterns.items()]
     return ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
@@ -110,7 +114,7 @@ def _saves(report: ExplainReport) -> list[str]:
 
 
 def _notes(report: ExplainReport) -> list[str]:
-    notes = []
+    notes = [*report.notes]
     if any(site.flops_hinted for site in everything(report)):
         notes.append(
             "Shapes are dynamic: FLOPs, and the decisions that hang on M, are those of the sizes seen at compile time."

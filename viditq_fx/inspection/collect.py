@@ -64,6 +64,8 @@ class ExplainReport:
     """Attention calls that are no sites: M = batch x heads x queries, K = head width, N = keys."""
     rejects: list[str] = field(default_factory=list)
     passes: list[PassTrace] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What to know of the call that this report is of."""
     unseen: list[str] = field(default_factory=list)
     """Linears of the model that no compiled graph runs: dead for this input, or run eagerly."""
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -200,6 +202,15 @@ def explain(
             "check that torch.compile is not disabled"
         )
     report = _gather(model, ran)
+    if (
+        torch.is_grad_enabled()
+        and isinstance(plain, nn.Module)
+        and any(p.requires_grad for p in plain.parameters())
+    ):
+        report.notes.append(
+            "This report is of a call under torch.no_grad(); where gradients are enabled, this model (its parameters "
+            "require them) is left to plain Inductor and nothing is quantized."
+        )
     if graphs:
         traced = traced or trace(plain, args, kwargs, _options_of(report))
         report.snapshots = traced.snapshots(
