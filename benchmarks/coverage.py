@@ -112,15 +112,13 @@ def main() -> None:
         return
     from tests.models.tiny_dits import TINY_DITS
 
-    rows = []
+    rows, path = [], RESULTS / f"coverage-cpu-{args.dtype}.json"
     for name in args.only.split(",") if args.only else TINY_DITS:
         rows.append(in_process(name, args))
         print(line(rows[-1]), flush=True)
-    if not args.only:
-        path = RESULTS / f"coverage-cpu-{args.dtype}.json"
-        result = {"torch": torch.__version__, "layers": args.layers, "models": rows}
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {path}")
+        if not args.only:  # after each, so that a run that is cut off keeps what it had
+            result = {"torch": torch.__version__, "layers": args.layers, "models": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if any("error" in row or ("error" in row["viditq"] and "error" not in row["inductor"]) for row in rows):
         sys.exit(1)
 
