@@ -110,6 +110,7 @@ def test_empty_batch():
         assert compiled(model)(x[:0], t[:0]).shape == (0, 40, 8)
 
 
+@pytest.mark.slow
 def test_a_row_of_nan_stays_in_its_sample():
     model, (x, t) = tiny_dit(1), tiny_inputs(batch=3)
     x[1, 5] = float("nan")
@@ -363,6 +364,7 @@ def test_a_pattern_that_names_nothing_is_told():
         compiled(tiny_dit(1), options={"keep": ["blocks.7.*", "blocks.0.q"]})(*tiny_inputs())
 
 
+@pytest.mark.slow
 def test_patterns_reach_into_a_block_compiled_alone():
     model, inputs = tiny_dit(1), tiny_inputs()
     model.blocks[0].compile(backend="viditq", options={"keep": ["*.q", "ffn.*"]})
@@ -380,6 +382,7 @@ def test_a_global_pass_of_the_user_still_runs():
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_linears_that_run_eagerly_are_listed():
     import viditq_fx as vq
 

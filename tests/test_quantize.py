@@ -47,6 +47,7 @@ def test_replaces_what_the_policy_quantizes(layers):
     assert relative_error(model(*inputs), want) < ERROR
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_agree():
     model, inputs, _want, _ = quantized()
     with torch.no_grad():

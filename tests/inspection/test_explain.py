@@ -48,6 +48,7 @@ def test_json_and_text(report):
     assert "kept by pattern 'blocks.1.down'" in text
 
 
+@pytest.mark.slow
 def test_regional_graphs_get_full_paths():
     model = tiny_dit(3)
     for block in model.blocks:
@@ -58,6 +59,7 @@ def test_regional_graphs_get_full_paths():
     assert report.count("quantized") == 3 * QUANTIZED_PER_LAYER
 
 
+@pytest.mark.slow
 def test_release_shows_in_the_bytes():
     model = tiny_dit(1)
     compiled = torch.compile(model, backend="viditq", options={"weights": "release"})

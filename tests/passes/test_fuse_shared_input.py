@@ -115,6 +115,7 @@ def test_joined_weights_and_biases_are_inputs():
     assert count(gm, "linear_w8a8") == 1
 
 
+@pytest.mark.slow
 def test_generated_code_regional_and_dynamic():
     """Three blocks of one class and three lengths through one graph, each with its own joined weights."""
     model = tiny_dit(3)

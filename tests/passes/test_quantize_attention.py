@@ -127,6 +127,7 @@ def test_what_stays_says_why(attend, options, reason):
     assert "attention_int8" not in targets(gm)
 
 
+@pytest.mark.slow
 def test_generated_code_and_dynamic_sizes():
     """Through Inductor: one graph for two lengths, the reference as its kernel, named so in the report."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -59,6 +60,7 @@ def test_each_pass_logs_one_line_and_each_reject_another(caplog):
     assert "annotate_sites: head: final projection: kept in full precision" in caplog.messages
 
 
+@pytest.mark.slow
 def test_torch_logs_shows_the_passes():
     script = (
         "import torch\nmodel = torch.nn.Linear(64, 64).requires_grad_(False)\n"
