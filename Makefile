@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | tr ' '
 help:
 	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
 	@echo "make test        the whole test suite"
-	@echo "make test-quick  the part that takes under two minutes"
+	@echo "make test-quick  the part that takes about two minutes"
 	@echo "make test-browser  the explain page in headless Chromium (needs chromium and chromedriver)"
 	@echo "make lint        ruff, pyright, import contracts"
 	@echo "make bench       benchmarks/cpu.py: int8 against fp32 and the CPU peers"
