@@ -82,7 +82,7 @@ def in_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"model": name, "error": f"more than {TIMEOUT_S} s"}
     with contextlib.suppress(IndexError, json.JSONDecodeError):
         return json.loads(done.stdout.splitlines()[-1])
-    return {"model": name, "error": done.stderr.strip()[-2000:]}
+    return {"model": name, "error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
 
 
 def line(row: dict[str, Any]) -> str:
