@@ -30,7 +30,7 @@ ROLE = "attention"
 SCHEME = "int8-qk"
 FORM_KEY = "viditq_attention"
 """Key of an attention node's meta that holds its AttentionForm."""
-KERNEL = "reference: int8 values, fp32 arithmetic"
+KERNEL = "simulation: int8 values, fp32 arithmetic (no kernel yet)"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
