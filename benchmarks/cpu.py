@@ -1,10 +1,11 @@
 """Time int8 against fp32 and the CPU peers on one machine, in one run, in rotation.
 
-    python benchmarks/cpu.py [--isa native|avx512|avx2] [--rounds 15] [--cases block-256,block-1024,demo]
+    python benchmarks/cpu.py [--isa native|avx512|avx2] [--rounds 15] [--cases linears,block-256,...]
 
-Cases: the demo's digits DiT (one step, batch 64) and a DiT-XL/2-size block (1152 wide, 16 heads,
-4608 hidden) over 256 and 1024 tokens, batch 1. Variants: eager fp32, Inductor fp32, torch's own
-`quantize_dynamic`, torchao's int8 dynamic (compiled), and this package's w8a8 and w8a7.
+Cases: "linears", a lone linear at DiT-XL/2's shapes, activation quantization included (M x K x N of 256 x 1152 x
+4608, 1024 x 1152 x 4608 and 4096 x 1152 x 1152); a DiT-XL/2-size block (1152 wide, 16 heads, 4608 hidden) over
+256 and 1024 tokens, batch 1; the demo's digits DiT (one step, batch 64). Variants: eager fp32, Inductor fp32,
+torch's own `quantize_dynamic`, torchao's int8 dynamic (compiled), and this package's w8a8 and w8a7.
 
 Every round times each variant once, so a noisy machine is noisy for all; figures are medians, with
 the 20th and 80th percentile. Each variant's error is printed beside its time: SQNR against fp32.
@@ -25,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ _ISA = {
 }
 _MARK = "VIDITQ_BENCH_ISA"
 BASELINE = "inductor fp32"
+LINEARS = ((256, 1152, 4608), (1024, 1152, 4608), (4096, 1152, 1152))
+"""M, K, N."""
 
 
 class DiTBlock(nn.Module):
@@ -87,6 +91,9 @@ class Row:
 def cases(names: list[str]) -> Iterator[tuple[str, Callable[[], nn.Module], tuple[Any, ...]]]:
     """(name, maker of the model with fixed weights, inputs of one step)."""
     gen = torch.Generator().manual_seed(0)
+    for rows, depth, width in LINEARS if "linears" in names else ():
+        x = torch.randn(rows, depth, generator=gen)
+        yield f"linear-{rows}x{depth}x{width}", partial(_linear, depth, width), (x,)
     for tokens in (256, 1024):
         if f"block-{tokens}" in names:
             x = torch.randn(1, tokens, 1152, generator=gen)
@@ -96,6 +103,11 @@ def cases(names: list[str]) -> Iterator[tuple[str, Callable[[], nn.Module], tupl
 
         x = torch.randn(64, 1, 32, 32, generator=gen)
         yield "demo", load_digits_dit, (x, torch.full((64,), 500.0), torch.arange(64) % 10)
+
+
+def _linear(depth: int, width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(depth, width)).eval().requires_grad_(False)
 
 
 def _block() -> nn.Module:
@@ -179,7 +191,7 @@ def bench_case(case: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...]
         row.ratio = base / row.p50_ms
         note = row.error or f"{row.p50_ms:9.2f} ms [{row.p20_ms:.2f}, {row.p80_ms:.2f}]  {row.ratio:5.2f}x"
         print(
-            f"{case:11} {row.variant:31} {note}  SQNR {row.sqnr_db:5.1f} dB  {' '.join(row.kernels)}",
+            f"{case:21} {row.variant:31} {note}  SQNR {row.sqnr_db:5.1f} dB  {' '.join(row.kernels)}",
             flush=True,
         )
     return [row for row, _ in prepared]
@@ -210,7 +222,7 @@ def main() -> int:
     )
     parser.add_argument("--isa", choices=sorted(_ISA), default="native")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cases", default="block-256,block-1024,demo")
+    parser.add_argument("--cases", default="linears,block-256,block-1024,demo")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/cpu-<isa>.json")
     options = parser.parse_args()
     if options.isa != "native" and os.environ.get(_MARK) != options.isa:  # libraries read these at start-up

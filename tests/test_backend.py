@@ -12,7 +12,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
 from tests.small_models import QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
+from viditq_fx.cpu_kernels.int8_gemm import kernel_name
 from viditq_fx.errors import OptionError, SchemeError, StrictError, WeightError
+from viditq_fx.lowering import select_cpu
+from viditq_fx.ops.native import native_unavailable
 from viditq_fx.ops.onednn import onednn_is_exact
 from viditq_fx.runtime import executions
 
@@ -305,7 +308,8 @@ def test_kernel_choice_is_in_the_report():
     with torch.no_grad(), executions() as ran:
         compiled(model)(*inputs)
     kernels = {site.kernel for site in ran[0].report.sites if site.done}
-    assert kernels == {"onednn-u8" if onednn_is_exact(8) else "fp32-exact"}
+    ours = "fp32-exact" if native_unavailable() else kernel_name(8)
+    assert kernels == {"onednn-u8" if onednn_is_exact(8) else ours}
 
 
 def test_quantize_fuses_with_its_producer():
@@ -401,3 +405,24 @@ def test_linears_that_run_eagerly_are_listed():
     assert "1 linears are in no compiled graph" in str(report)
     with pytest.raises(OptionError, match="did you mean 'scheme'"):
         vq.explain(Half(), torch.randn(40, 64), options={"shceme": "w8a8"})
+
+
+@pytest.mark.skipif(native_unavailable() is not None, reason=str(native_unavailable()))
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a7"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_without_vnni_computes_the_same_by_our_kernel(monkeypatch, scheme, dtype):
+    model, inputs = tiny_dit(1).to(dtype), tuple(t.to(dtype) for t in tiny_inputs())
+    with torch.no_grad():
+        want = compiled(model, options={"scheme": scheme})(*inputs)
+        torch._dynamo.reset()
+        monkeypatch.setattr(select_cpu, "onednn_is_exact", lambda bits: bits == 7)
+        run = compiled(model, options={"scheme": scheme}, dynamic=True)
+        with executions() as ran:
+            got = run(*inputs)
+        longer = run(torch.cat([inputs[0], inputs[0]], dim=1), inputs[1])
+    bits = int(scheme[-1])
+    assert {site.kernel for site in ran[0].report.sites if site.done} == {kernel_name(bits)}
+    # The integers are the same; what Inductor fuses round them may round once otherwise.
+    assert relative_error(got, want) < (1e-5 if dtype is torch.float32 else 1e-2)
+    assert torch.isfinite(longer).all()
+    assert len(ran) == 1

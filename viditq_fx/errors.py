@@ -27,5 +27,9 @@ class WeightError(ViditqError):
     """A weight cannot be packed: on `meta`, not finite, or otherwise unusable."""
 
 
+class KernelBuildError(RuntimeError):
+    """A kernel of ours cannot be compiled or loaded on this machine; another one computes in its place."""
+
+
 class VerifyError(AssertionError):
     """A pass left the graph in a state that breaks an invariant: a bug of ours or of an extra pass."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from viditq_fx.ops.blocked import blocked_weight, is_freed, own, plain_weight, resident_bytes, restore
-from viditq_fx.ops.onednn import onednn_is_exact
+from viditq_fx.ops.onednn import LAYOUT, onednn_is_exact
 from viditq_fx.ops.pack import pack_int8, unpack_int8
 
 needs_onednn = pytest.mark.skipif(not onednn_is_exact(7), reason="no int8 oneDNN in this build")
@@ -45,7 +45,7 @@ def test_bad_arguments():
 @given(st.integers(1, 70), st.integers(1, 70))
 def test_blocked_copy_gives_the_integers_back(rows, depth):
     w = own(weight(rows, depth))
-    blocked_weight(w)
+    blocked_weight(w, LAYOUT)
     assert is_freed(w)
     assert torch.equal(plain_weight(w), weight(rows, depth))
     assert torch.equal(restore(w), weight(rows, depth))
@@ -55,24 +55,24 @@ def test_blocked_copy_gives_the_integers_back(rows, depth):
 @needs_onednn
 def test_memory_is_not_taken_twice():
     w = own(weight(256, 512))
-    blocked_weight(w)
+    blocked_weight(w, LAYOUT)
     assert resident_bytes(w) <= 1.05 * 256 * 512
 
 
 @needs_onednn
 def test_a_weight_that_is_not_ours_keeps_its_memory():
     w = weight(8, 8)
-    blocked_weight(w)
+    blocked_weight(w, LAYOUT)
     assert torch.equal(w, weight(8, 8))
 
 
 @needs_onednn
 def test_a_write_is_noticed_and_copies_go_with_their_weight():
     w = weight(8, 32)
-    first = blocked_weight(w)
-    assert blocked_weight(w) is first
+    first = blocked_weight(w, LAYOUT)
+    assert blocked_weight(w, LAYOUT) is first
     w.neg_()
-    second = blocked_weight(w)
+    second = blocked_weight(w, LAYOUT)
     assert second is not first
     assert torch.equal(second.to_dense().t().contiguous(), -weight(8, 32))
     alive = copy.copy(w)

@@ -2,9 +2,11 @@
 
     linear(xq, s_x, wq, s_w, b) -> linear_epilogue(matmul(xq, wq), s_x, s_w, b)
 
-matmul is exact in every choice:
-onednn-u8    8-bit inputs with VNNI or AMX            onednn-u7    7-bit inputs on any x86 CPU
-fp32-exact   an fp32 GEMM of the integers where oneDNN's int8 is absent or saturates (sliced where it could round)
+matmul is exact in every choice, fastest first:
+onednn-u8, onednn-u7   with VNNI or AMX
+avx2-s8, avx512-u7 ..  our kernel, without them (8-bit and 7-bit inputs); needs a C++ compiler
+onednn-u7              7-bit inputs where neither is: pairs of products stay below 2^15
+fp32-exact             an fp32 GEMM of the integers (sliced where it could round)
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import fx
 
 from viditq_fx import ops
+from viditq_fx.cpu_kernels.int8_gemm import kernel_name
 from viditq_fx.graph_edit import call, example
+from viditq_fx.ops.native import native_unavailable
 from viditq_fx.ops.onednn import ZERO_POINTS, onednn_is_exact
 
 _INPUT_BITS = {ops.LINEAR_W8A8.overload: 8, ops.LINEAR_W8A7.overload: 7}
@@ -30,11 +34,16 @@ class KernelChoice:
 
 
 def choose_cpu_kernel(bits: int) -> KernelChoice:
-    """The kernel for inputs of `bits` on this CPU; tries oneDNN once in a process."""
-    if onednn_is_exact(bits):
+    """The kernel for inputs of `bits` on this CPU; tries oneDNN, and builds ours, once in a process."""
+    if onednn_is_exact(8):  # 32-bit accumulation, in hardware
         return KernelChoice(kernel=f"onednn-u{bits}")
+    missing = native_unavailable()
+    if missing is None:
+        return KernelChoice(kernel=kernel_name(bits))
+    if onednn_is_exact(bits):
+        return KernelChoice(kernel=f"onednn-u{bits}", reason=missing)
     hint = "; scheme 'w8a7' is exact in oneDNN" if bits == 8 and onednn_is_exact(7) else ""
-    reason = f"oneDNN's int8 saturates or is absent on this CPU (no VNNI or AMX){hint}"
+    reason = f"oneDNN's int8 saturates or is absent on this CPU (no VNNI or AMX), and {missing}{hint}"
     return KernelChoice(kernel="fp32-exact", reason=reason)
 
 
@@ -56,9 +65,11 @@ def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
             if choice.kernel == "fp32-exact":
                 widened = call(gm.graph, torch.ops.aten.to.dtype, (x, torch.float32), node)
                 acc = call(gm.graph, ops.MATMUL_F32S8.overload, (widened, w), node)
-            else:
+            elif choice.kernel.startswith("onednn"):
                 shifted = call(gm.graph, ops.SHIFT_TO_U8.overload, (x, ZERO_POINTS[bits]), node)
                 acc = call(gm.graph, ops.MATMUL_U8S8.overload, (shifted, w, ZERO_POINTS[bits]), node)
+            else:
+                acc = call(gm.graph, ops.MATMUL_S8S8.overload, (x, w, bits), node)
             y = call(gm.graph, ops.LINEAR_EPILOGUE.overload, (acc, x_scale, w_scale, bias, dtype), node)
         node.replace_all_uses_with(y)
         gm.graph.erase_node(node)

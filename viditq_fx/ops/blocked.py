@@ -1,7 +1,7 @@
-"""oneDNN's blocked copies of int8 weights, kept beside the plain tensor that stands for them.
+"""Blocked copies of int8 weights for CPU kernels, kept beside the plain tensor that stands for them.
 
-A graph input has to be a plain tensor, and oneDNN wants a layout of its own (making it takes as
-long as several GEMMs). So the plain int8 weight [N, K] is the key, and its blocked copy is found
+A graph input has to be a plain tensor, and a kernel (oneDNN's, our own) wants a layout of its own (making it
+takes as long as several GEMMs). So the plain int8 weight [N, K] is the key, and its blocked copy is found
 by identity. Where we own the key its memory is given back once the copy exists: the integers are
 in memory once, and `plain_weight` reads them back bit for bit.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from viditq_fx.ops.tensor_state import LOCK, TensorState
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A kernel's layout of int8 [N, K]."""
+
+    name: str
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, torch.Size], Tensor]
+    """Bit for bit, in memory of its own."""
+    nbytes: Callable[[Tensor], int]
+
+
 @dataclass(kw_only=True)
 class _Blocked:
-    packed: Tensor
+    """The copies of one weight: one for each layout that was asked for, mostly a single one."""
+
+    copies: dict[str, tuple[Layout, Tensor]]
     state: TensorState
     freed: bool = False
 
@@ -68,21 +82,22 @@ def keep_plain(w_NK: Tensor) -> None:
         _OWNED.pop(w_NK, None)
 
 
-def blocked_weight(w_NK: Tensor) -> Tensor:
-    """The oneDNN tensor for int8 [N, K], made at the first call and found by identity afterwards.
+def blocked_weight(w_NK: Tensor, layout: Layout) -> Tensor:
+    """The copy of int8 [N, K] in `layout`, made at the first call and found by identity afterwards.
 
-    Raises RuntimeError where oneDNN has no int8 linear.
+    Raises what `layout.pack` raises.
     """
     with LOCK, torch.inference_mode(False):
         found = _BLOCKED.get(w_NK)
         if found is None or not (is_freed(w_NK) or found.state.holds(w_NK)):
-            # qlinear_prepack reads the memory row by row, whatever the strides say.
-            packed = torch.ops.onednn.qlinear_prepack(plain_weight(w_NK).contiguous(), None)
-            found = _BLOCKED[w_NK] = _Blocked(packed=packed, state=TensorState.of(w_NK))
-            if w_NK in _OWNED and w_NK.numel():
+            found = _Blocked(copies={}, state=TensorState.of(w_NK))
+        if layout.name not in found.copies:
+            found.copies[layout.name] = (layout, layout.pack(plain_weight(w_NK).contiguous()))
+            _BLOCKED[w_NK] = found
+            if w_NK in _OWNED and w_NK.numel() and not found.freed:
                 w_NK.data = _empty_pages(w_NK)
                 found.state, found.freed = TensorState.of(w_NK), True
-        return found.packed
+        return found.copies[layout.name][1]
 
 
 def is_freed(w_NK: Tensor) -> bool:
@@ -99,7 +114,10 @@ def plain_weight(w_NK: Tensor) -> Tensor:
     if type(w_NK) is not Tensor:  # a fake one
         return w_NK
     with LOCK:
-        return _BLOCKED[w_NK].packed.to_dense().t().contiguous() if is_freed(w_NK) else w_NK.detach()
+        if not is_freed(w_NK):
+            return w_NK.detach()
+        layout, copy = next(iter(_BLOCKED[w_NK].copies.values()))
+        return layout.unpack(copy, w_NK.shape)
 
 
 def restore(w_NK: Tensor) -> Tensor:
@@ -115,7 +133,9 @@ def resident_bytes(w_NK: Tensor) -> int:
     """Bytes of memory that stand for an int8 weight now, plain and blocked together."""
     with LOCK:
         found = _BLOCKED.get(w_NK)
-        blocked = int(torch.ops.mkldnn._nbytes(found.packed)) if found is not None else 0
+        blocked = (
+            sum(layout.nbytes(copy) for layout, copy in found.copies.values()) if found is not None else 0
+        )
         return blocked + (0 if is_freed(w_NK) else w_NK.numel() * w_NK.element_size())
 
 

@@ -19,12 +19,19 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from viditq_fx.ops.base import QuantOp, Sample, register
-from viditq_fx.ops.blocked import blocked_weight, plain_weight
+from viditq_fx.ops.blocked import Layout, blocked_weight, plain_weight
 from viditq_fx.ops.linear import exact_int_matmul, linear_epilogue, without_autocast
 from viditq_fx.ops.tensor_state import LOCK, TensorState
 
 ZERO_POINTS = {8: 128, 7: 64}
 """Input bits -> the zero point that makes symmetric integers of that width unsigned."""
+
+LAYOUT = Layout(
+    name="onednn",
+    pack=lambda w_NK: torch.ops.onednn.qlinear_prepack(w_NK, None),  # reads row by row, whatever the strides
+    unpack=lambda packed, shape: packed.to_dense().t().contiguous(),
+    nbytes=lambda packed: int(torch.ops.mkldnn._nbytes(packed)),
+)
 
 
 def shift_to_u8(q_MK: Tensor, zero_point: int) -> Tensor:
@@ -42,7 +49,7 @@ def matmul_u8s8(x_MK: Tensor, w_NK: Tensor, zero_point: int) -> Tensor:
     width = w_NK.shape[0]
     if x_MK.numel() == 0 or width == 0:
         return x_MK.new_zeros((*x_MK.shape[:-1], width), dtype=torch.float32)
-    packed = blocked_weight(w_NK)
+    packed = blocked_weight(w_NK, LAYOUT)
     ones, zeros = _unit_scales(width)
     x_2d = x_MK.reshape(-1, x_MK.shape[-1])
     acc = torch.ops.onednn.qlinear_pointwise(
