@@ -1,6 +1,6 @@
 """What the passes make of every diffusion transformer at hand, as a page: writes docs/coverage.md.
 
-    PYTHONPATH=. python benchmarks/coverage_page.py [--only wan,flux2] [--layers 2] [--output docs/coverage.md]
+    PYTHONPATH=.:tests python benchmarks/coverage_page.py [--only wan,flux2] [--layers 2] [--output docs/coverage.md]
 
 Passes only: Dynamo traces each tiny model, the default pipeline runs over the graphs, and nothing is
 lowered or compiled. A class that cannot be built or traced has a row with its error.
@@ -21,6 +21,7 @@ import diffusers
 import torch
 from torch import fx
 
+from benchmarks import kernels_per_block
 from benchmarks.more_dits import MORE_DITS
 from tests.models.tiny_dits import TINY_DITS, TinyDit
 from viditq_fx.graph_edit import copy_graph_module
@@ -51,9 +52,18 @@ REMARKS = {
 _SOFTMAX = frozenset({"softmax", "_softmax", "multi_head_attention_forward", "flex_attention"})
 _LONGEST_ERROR = 300
 
+KERNELS = """## Kernels launched per block
+
+Inductor's CUDA code for blocks of published sizes in bf16, written with no GPU (`benchmarks/kernels_per_block.py`);
+nothing runs, so this says nothing of time. Every launch of one call is counted: *GEMM* (cuBLAS or a Triton template),
+*attention* (a fused kernel of ATen; without a device torch spells attention as two batched products and a softmax,
+before and after alike, which count as GEMM and generated) and Inductor's *generated* kernels. Projections of one input
+are one GEMM, and most quantize steps are part of the kernel of the norm or activation in front.
+"""
+
 INTRO = f"""# What the passes find in each model
 
-Written by `PYTHONPATH=. python benchmarks/coverage_page.py`; do not edit. Passes only, on CPU, scheme W8A8,
+Written by `PYTHONPATH=.:tests python benchmarks/coverage_page.py`; do not edit. Passes only, on CPU, scheme W8A8,
 default policy, torch {{torch}}, diffusers {{diffusers}}, float32, {{layers}} blocks of each kind.
 
 **The models are tiny** (width 128 or so) with random weights: the stems, heads and text projections that
@@ -282,7 +292,7 @@ def under_target(rows: list[Coverage]) -> list[str]:
     return lines or ["None."]
 
 
-def page(known: list[Coverage], more: list[Coverage], layers: int) -> str:
+def page(known: list[Coverage], more: list[Coverage], layers: int, kernels: list[str]) -> str:
     versions = {
         "torch": torch.__version__.split("+")[0],
         "diffusers": diffusers.__version__,
@@ -291,6 +301,7 @@ def page(known: list[Coverage], more: list[Coverage], layers: int) -> str:
     parts = [INTRO.format(**versions)]
     parts += ["## The seventeen models of the test suite", "", *table(known), ""]
     parts += ["## Other classes", "", "The test suite does not hold these models.", "", *table(more), ""]
+    parts += [KERNELS, *kernels, ""] if kernels else []
     parts += ["## Under target", "", *under_target([*known, *more]), ""]
     parts += ["## Each class", "", *(line for row in [*known, *more] for line in section(row))]
     return "\n".join(parts).rstrip() + "\n"
@@ -319,7 +330,9 @@ def main() -> None:
             if not wanted or name in wanted:
                 rows[-1].append(cover(dit, args.layers))
                 print(f"{name:16} {table_row(rows[-1][-1])} {rows[-1][-1].error or ''}", flush=True)
-    write(args.output, page(*rows, args.layers))
+    blocks = kernels_per_block.BLOCKS.items() if not wanted else ()
+    counts = [kernels_per_block.count(name, make) for name, make in blocks]
+    write(args.output, page(*rows, args.layers, kernels_per_block.table(counts) if counts else []))
     print(f"written: {args.output}")
 
 
