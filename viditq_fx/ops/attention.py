@@ -30,14 +30,25 @@ MAX_HEAD = 256
 
 
 def quantize_per_block(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """x [..., L, D] -> (integers as fp32 [..., L, D], scale fp32 [..., L, 1] constant in blocks of tokens)."""
+    """x [..., L, D] -> (int8 [..., L, D], scale fp32 [..., ceil(L / block)]); NaN becomes 0 and its scale NaN."""
     length, qmax = x.shape[-2], largest_int(8)
     amax_L = x.to(torch.float32).abs().amax(dim=-1)
-    blocks = F.pad(amax_L, (0, -length % block)).unflatten(-1, (-1, block)).amax(dim=-1)
-    amax_L1 = blocks.clamp(min=EPS).repeat_interleave(block, dim=-1)[..., :length].unsqueeze(-1)
-    scaled = torch.round(x.to(torch.float32) * (qmax / amax_L1))
+    amax_B = F.pad(amax_L, (0, -length % block)).unflatten(-1, (-1, block)).amax(dim=-1).clamp(min=EPS)
+    scaled = torch.round(x.to(torch.float32) * (qmax / spread(amax_B, block, length)))
     finite = torch.where(scaled == scaled, scaled, torch.zeros_like(scaled))
-    return finite.clamp(-qmax, qmax), amax_L1 * (1.0 / qmax)
+    return finite.clamp(-qmax, qmax).to(torch.int8), amax_B * (1.0 / qmax)
+
+
+def spread(scale_B: Tensor, block: int, length: int) -> Tensor:
+    """One scale a block [..., ceil(L / block)] -> one a token [..., L, 1]."""
+    return scale_B.repeat_interleave(block, dim=-1)[..., :length].unsqueeze(-1)
+
+
+def quantize_queries_and_keys(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k [..., L, D] -> (Qq, s_q, Kq, s_k): K less its mean over keys, one scale a block of tokens."""
+    k = k.to(torch.float32)
+    smooth_k = k - k.mean(dim=-2, keepdim=True)
+    return (*quantize_per_block(q, BLOCK_Q), *quantize_per_block(smooth_k, BLOCK_K))
 
 
 def attention_int8(
@@ -53,7 +64,7 @@ def attention_int8(
 
     Raises ValueError for shapes that do not fit together, D > 256, or a mask beside `is_causal`.
     """
-    _check(q, k, v, attn_mask, is_causal, enable_gqa)
+    check(q, k, v, attn_mask, is_causal, enable_gqa)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
@@ -61,9 +72,9 @@ def attention_int8(
         return out
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        smooth_k = k.to(torch.float32) - k.to(torch.float32).mean(dim=-2, keepdim=True)
-        k_int, k_scale = quantize_per_block(smooth_k, BLOCK_K)
-        q_int, q_scale = quantize_per_block(q, BLOCK_Q)
+        q_int, s_q, k_int, s_k = quantize_queries_and_keys(q, k)
+        q_scale, k_scale = spread(s_q, BLOCK_Q, q.shape[-2]), spread(s_k, BLOCK_K, k.shape[-2])
+        q_int, k_int = q_int.to(torch.float32), k_int.to(torch.float32)
         for start in range(0, q.shape[-2], BLOCK_Q):
             rows = slice(start, start + BLOCK_Q)
             scores = (q_int[..., rows, :] @ k_int.transpose(-1, -2)) * q_scale[..., rows, :]
@@ -98,7 +109,8 @@ def _weighted(scores: Tensor, v: Tensor) -> Tensor:
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> None:
+    """Raises ValueError for operands that are no attention; see the module for what fits."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if min(q.dim(), k.dim(), v.dim()) < 3 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ValueError(

@@ -1,0 +1,304 @@
+"""Attention for CUDA with an int8 product of queries and keys: one pass over the keys, online softmax.
+
+    S = (Qq Kq^T) * s_q * s_k * scale        int8 tensor cores, exact int32 sums
+    O = softmax(S + mask) V                  fp32 softmax; P in V's dtype, fp32 accumulation
+    L = log sum exp (S + mask)               natural logarithm, for context parallelism
+
+Meaning and quantization: `viditq_fx/ops/attention.py` (one scale for 128 queries or 64 keys; K less its mean).
+Method: SageAttention (arXiv 2410.02367), FlashAttention-2 (arXiv 2307.08691).
+
+Shapes: q [B, H, Lq, D] and k [B, Hkv, Lk, D] int8, contiguous; scales fp32 [B, H, blocks]; v [B, Hkv, Lk, Dv] with any
+strides but a contiguous last axis; mask broadcast by strides of 0; out [B, H, Lq, Dv]; lse fp32 [B, H, Lq].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from viditq_fx.ops.attention import BLOCK_K, BLOCK_Q, check, quantize_queries_and_keys
+from viditq_fx.triton_templates.base import architecture
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
+
+
+@triton.jit
+def _attend(
+    q_MD,
+    q_scale,
+    top_M,
+    sum_M,
+    out_MD,
+    k_ptr,
+    k_scale_ptr,
+    v_ptr,
+    mask_ptr,
+    v_stride_l,
+    mask_stride_q,
+    mask_stride_k,
+    first,
+    rows,
+    begin,
+    end,
+    LK,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Take the keys [begin, end) into (top, sum, out); EDGE: some are past the end, or past a row's own position."""
+    m_M = tl.arange(0, BLOCK_M)
+    n_N = tl.arange(0, BLOCK_N)
+    d_D = tl.arange(0, BLOCK_D)
+    dv_D = tl.arange(0, BLOCK_DV)
+    # Addresses: a 64-bit base that is one number and moves, and 32-bit offsets in the tile that stay.
+    k_ptr += begin.to(tl.int64) * D
+    v_ptr += begin.to(tl.int64) * v_stride_l
+    mask_ptr += begin.to(tl.int64) * mask_stride_k
+    for start in range(begin, end, BLOCK_N):
+        left = LK - start
+        k_at = k_ptr + n_N[None, :] * D + d_D[:, None]
+        v_at = v_ptr + n_N[:, None] * v_stride_l + dv_D[None, :]
+        if EDGE:
+            k_DN = tl.load(k_at, mask=(n_N[None, :] < left) & (d_D[:, None] < D), other=0)
+            v_ND = tl.load(v_at, mask=(n_N[:, None] < left) & (dv_D[None, :] < DV), other=0.0)
+            k_scale_N = tl.load(k_scale_ptr + (start + n_N) // SCALE_N, mask=n_N < left, other=0.0)
+        else:
+            k_DN = tl.load(k_at) if D == BLOCK_D else tl.load(k_at, mask=d_D[:, None] < D, other=0)
+            v_ND = tl.load(v_at) if DV == BLOCK_DV else tl.load(v_at, mask=dv_D[None, :] < DV, other=0.0)
+            k_scale_N = tl.load(k_scale_ptr + (start + n_N) // SCALE_N)
+        s_MN = tl.dot(q_MD, k_DN, out_dtype=tl.int32).to(tl.float32) * (q_scale * k_scale_N)[None, :]
+        if MASK != 0:
+            # A row past the end reads the last row's mask; it is never stored.
+            mask_at = (
+                mask_ptr + tl.minimum(m_M, rows - 1)[:, None] * mask_stride_q + n_N[None, :] * mask_stride_k
+            )
+            mask_MN = tl.load(mask_at, mask=n_N[None, :] < left, other=0) if EDGE else tl.load(mask_at)
+            if MASK == 1:
+                s_MN = tl.where(mask_MN != 0, s_MN, float("-inf"))
+            else:
+                s_MN += mask_MN.to(tl.float32) * LOG2_E
+            mask_ptr += BLOCK_N * mask_stride_k
+        if EDGE:
+            s_MN = tl.where(n_N[None, :] < left, s_MN, float("-inf"))
+            if CAUSAL:
+                s_MN = tl.where(first + m_M[:, None] >= start + n_N[None, :], s_MN, float("-inf"))
+
+        next_M = tl.maximum(top_M, tl.max(s_MN, 1))
+        # A row that no key is open to yet keeps -inf: subtract 0 there, so that no NaN is made.
+        safe_M = tl.where(next_M == float("-inf"), 0.0, next_M)
+        p_MN = tl.exp2(s_MN - safe_M[:, None])
+        shrink_M = tl.exp2(top_M - safe_M)
+        sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
+        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
+        top_M = next_M
+        k_ptr += BLOCK_N * D
+        v_ptr += BLOCK_N * v_stride_l
+    return top_M, sum_M, out_MD
+
+
+@triton.jit
+def attention_int8_kernel(
+    q_ptr,
+    q_scale_ptr,
+    k_ptr,
+    k_scale_ptr,
+    v_ptr,
+    mask_ptr,
+    out_ptr,
+    lse_ptr,
+    scale,
+    HEADS,
+    GROUP,
+    LQ,
+    LK,
+    v_stride_b,
+    v_stride_h,
+    v_stride_l,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    out_stride_b,
+    out_stride_h,
+    out_stride_l,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALE_M: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """out[m] = sum_n softmax_n(s_q s_k scale <q[m], k[n]> + mask[m, n]) v[n]; BLOCK_M rows of one head a program."""
+    tile_m = tl.program_id(0)
+    batch = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = (tl.program_id(1) % HEADS).to(tl.int64)
+    kv_head = head // GROUP
+    kv = batch * (HEADS // GROUP) + kv_head
+    first = tile_m * BLOCK_M
+    rows = LQ - first
+    m_M = tl.arange(0, BLOCK_M)
+    d_D = tl.arange(0, BLOCK_D)
+    dv_D = tl.arange(0, BLOCK_DV)
+
+    q_ptr += ((batch * HEADS + head) * LQ + first) * D
+    k_ptr += kv * LK * D
+    v_ptr += batch * v_stride_b + kv_head * v_stride_h
+    k_scale_ptr += kv * tl.cdiv(LK, SCALE_N)
+    mask_ptr += batch * mask_stride_b + head * mask_stride_h + first.to(tl.int64) * mask_stride_q
+    q_at = q_ptr + m_M[:, None] * D + d_D[None, :]
+    q_MD = tl.load(q_at, mask=(m_M[:, None] < rows) & (d_D[None, :] < D), other=0)
+    # A tile lies in one block of queries, so that its scale is one number. Base 2: exp2 is what the device has.
+    q_block = (batch * HEADS + head) * tl.cdiv(LQ, SCALE_M) + first // SCALE_M
+    q_scale = tl.load(q_scale_ptr + q_block) * scale * LOG2_E
+
+    top_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    out_MD = tl.zeros((BLOCK_M, BLOCK_DV), dtype=tl.float32)
+    end = LK
+    if CAUSAL:
+        end = tl.minimum(LK, first + BLOCK_M)
+    # Whole tiles first, without a mask of their own: the last one, and those on the diagonal, come after.
+    whole = tl.minimum(end, first if CAUSAL else LK) // BLOCK_N * BLOCK_N
+    top_M, sum_M, out_MD = _attend(
+        *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, mask_ptr),
+        *(v_stride_l, mask_stride_q, mask_stride_k, first, rows, whole * 0, whole, LK),
+        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, False),
+    )
+    top_M, sum_M, out_MD = _attend(
+        *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, mask_ptr),
+        *(v_stride_l, mask_stride_q, mask_stride_k, first, rows, whole, end, LK),
+        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, True),
+    )
+
+    out_MD = out_MD / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
+    if HAS_LSE:
+        lse_M = (top_M + tl.log2(sum_M)) / LOG2_E
+        tl.store(lse_ptr + (batch * HEADS + head) * LQ + first + m_M, lse_M, mask=m_M < rows)
+    out_ptr += batch * out_stride_b + head * out_stride_h + first.to(tl.int64) * out_stride_l
+    out_at = out_ptr + m_M[:, None] * out_stride_l + dv_D[None, :]
+    tl.store(out_at, out_MD.to(out_ptr.dtype.element_ty), mask=(m_M[:, None] < rows) & (dv_D[None, :] < DV))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Tile of one program: `block_m` queries (a divisor of 128) over `block_n` keys at a time."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_warps: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}"
+
+
+def _tiles(*tile: int) -> AttentionConfig:
+    return AttentionConfig(block_m=tile[0], block_n=tile[1], num_stages=tile[2], num_warps=tile[3])
+
+
+# (architecture, has a mask) -> configs for heads up to 64, 128 and 256 wide. Estimates from peers' tiles until
+# `benchmarks/gpu.py` has measured them. A mask's addresses and values take registers: larger tiles spill there,
+# and none of these does (tests).
+CONFIGS = {
+    (80, False): (_tiles(128, 64, 3, 8), _tiles(128, 64, 3, 8), _tiles(64, 64, 2, 8)),
+    (80, True): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(32, 32, 2, 8)),
+    (89, False): (_tiles(128, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8)),
+    (89, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(32, 32, 2, 8)),
+    (90, False): (_tiles(128, 128, 3, 8), _tiles(128, 128, 3, 8), _tiles(64, 64, 2, 8)),
+    (90, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8)),
+    (100, False): (_tiles(128, 64, 3, 8), _tiles(128, 128, 2, 8), _tiles(64, 64, 2, 8)),
+    (100, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 1, 8), _tiles(64, 32, 2, 8)),
+}
+
+
+def config_for(capability: tuple[int, int], head: int, masked: bool) -> AttentionConfig:
+    """The config for a head width; an architecture that is not in the list takes that of sm_80."""
+    return CONFIGS[architecture(capability) or 80, masked][0 if head <= 64 else 1 if head <= 128 else 2]
+
+
+def constants(
+    config: AttentionConfig, head: int, value: int, mask: Tensor | None, causal: bool
+) -> dict[str, int]:
+    """The kernel's compile-time constants but for HAS_LSE."""
+    kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
+    return {
+        "D": head,
+        "DV": value,
+        # int8 tensor cores take 32 of K at a time, and tiles are powers of two.
+        "BLOCK_D": max(32, triton.next_power_of_2(head)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(value)),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SCALE_M": BLOCK_Q,
+        "SCALE_N": BLOCK_K,
+        "MASK": kind,
+        "CAUSAL": causal,
+    }
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    config: AttentionConfig,
+    return_lse: bool = False,
+    run: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Quantize, then run the kernel: arguments and result as of `viditq::attention_int8`, and the log-sum-exp.
+
+    `run` wraps the kernel for a compiler that traces the call. Raises what the op's reference raises.
+    """
+    check(q, k, v, attn_mask, is_causal, enable_gqa)
+    shape, lead = q.shape, q.shape[:-3]
+    q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    (batch, heads, length, head), keys, value = q.shape, k.shape[-2], v.shape[-1]
+    q_int, q_scale, k_int, k_scale = quantize_queries_and_keys(q, k)
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    # Token-major in memory, as projections are: transposing back to [B, L, H * Dv] copies nothing.
+    out = q.new_empty(batch, length, heads, value).transpose(1, 2)
+    lse = q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
+    mask, strides = _mask(attn_mask, (*lead, heads, length, keys), batch)
+    arguments = (
+        *(q_int.contiguous(), q_scale.contiguous(), k_int.contiguous(), k_scale.contiguous(), v),
+        *(q_int if mask is None else mask, out, q_scale if lse is None else lse),
+        head**-0.5 if scale is None else scale,
+        *(heads, heads // k.shape[1], length, keys, *v.stride()[:3], *strides, *out.stride()[:3]),
+    )
+    fixed: dict[str, Any] = constants(config, head, value, mask, is_causal) | {"HAS_LSE": return_lse}
+    grid = (triton.cdiv(length, config.block_m), batch * heads)
+    (run or (lambda kernel: kernel))(attention_int8_kernel)[grid](
+        *arguments, **fixed, num_stages=config.num_stages, num_warps=config.num_warps
+    )
+    return out.reshape(*shape[:-1], value), None if lse is None else lse.reshape(shape[:-1])
+
+
+def _mask(mask: Tensor | None, full: tuple[int, ...], batch: int) -> tuple[Tensor | None, tuple[int, ...]]:
+    """A mask as [B, H, Lq, Lk] with strides of 0 where it is broadcast; bool as bytes."""
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    mask = mask.expand(full)
+    whole = mask if len(full) == 4 else mask.reshape(batch, *full[-3:])
+    return whole, whole.stride()
