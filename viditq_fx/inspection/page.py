@@ -79,7 +79,7 @@ def render_page(report: ExplainReport) -> str:
         bars=_bars(sites),
         role_table=tables(report)[0],
         tables=tables(report)[1:],
-        groups=_groups(sites),
+        groups=_groups(report),
         count=len(sites),
         roles=list(dict.fromkeys(site.role for site in sites)),
         outcomes={o: words for o, words in OUTCOMES.items() if any(site.outcome == o for site in sites)},
@@ -121,18 +121,13 @@ def _bars(sites: Sequence[ExplainedSite]) -> list[tuple[str, list[tuple[str, str
     return bars
 
 
-def _groups(sites: Sequence[ExplainedSite]) -> list[Group]:
+def _groups(report: ExplainReport) -> list[Group]:
+    sites = everything(report)
     blocks: dict[str, list[ExplainedSite]] = {}
     for site in sites:
         blocks.setdefault(block_of(site.fqn), []).append(site)
     flops = sum(site.flops for site in sites)
-    kinds = {name: _kind(name, members) for name, members in blocks.items()}
-    inside = [kinds[name] for name in blocks if name != ROOT] or list(kinds.values())
-    typical = (
-        next(name for name in blocks if kinds[name] == Counter(inside).most_common(1)[0][0])
-        if inside
-        else None
-    )
+    typical = _typical(report, blocks)
     groups = []
     for name, members in blocks.items():
         counts = [(o, sum(site.outcome == o for site in members)) for o in OUTCOMES]
@@ -147,6 +142,16 @@ def _groups(sites: Sequence[ExplainedSite]) -> list[Group]:
             )
         )
     return groups
+
+
+def _typical(report: ExplainReport, blocks: Mapping[str, Sequence[ExplainedSite]]) -> str | None:
+    """The block whose picture is open; without pictures, of the kind of sites that occurs most often."""
+    chosen = choose_block(find_blocks(report.snapshots))
+    if chosen is not None:
+        return chosen.name
+    kinds = {name: _kind(name, sites) for name, sites in blocks.items() if name != ROOT or len(blocks) == 1}
+    counts = Counter(kinds.values())
+    return max(kinds, key=lambda name: counts[kinds[name]], default=None)
 
 
 def _kind(name: str, sites: Sequence[ExplainedSite]) -> tuple[tuple[str, ...], ...]:
