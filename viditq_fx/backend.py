@@ -43,7 +43,7 @@ def viditq_backend(
             weights=(),
             full_weights=_parameters(gm),
             report=report,
-            release_weights=False,
+            options=ours,
         )
     return _compile_quantized(gm, example_inputs, ours, inductor, report)
 
@@ -102,7 +102,7 @@ def _compile_quantized(
         biases=[tuple(positions[name] for name in slot.sources) for slot in ctx.bias_slots],
         full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],
         report=report,
-        release_weights=ours.weights == "release",
+        options=ours,
     )
 
 

@@ -56,6 +56,18 @@ class PassTrace:
     nodes_after: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Declined:
+    """A pass left a site as it was, and said why."""
+
+    step: str
+    """Name of the pass."""
+    fqn: str
+    reason: str
+    extra: bool = False
+    """The pass is from outside: nothing else in the report tells what it thought of the site."""
+
+
 @dataclass(kw_only=True)
 class CompileReport:
     """Everything that one call of the backend planned, did and refused."""
@@ -68,6 +80,8 @@ class CompileReport:
     passes: list[PassTrace] = field(default_factory=list)
     attention: list[SiteReport] = field(default_factory=list)
     """Attention calls that are no sites: M = batch x heads x queries, K = head width, N = keys."""
+    declined: list[Declined] = field(default_factory=list)
+    """Every Reject of every pass that ran, in order."""
 
     def site(self, fqn: str) -> SiteReport:
         """The report of the site with this module path. Raises KeyError when there is none."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from viditq_fx.errors import ReleasedWeightError
 from viditq_fx.ops.packed_weights import is_released, joined_bias, packed_group, packed_weight
 from viditq_fx.ops.release import find_owners, release, why_not_release
+from viditq_fx.options import CompileOptions
 from viditq_fx.report import CompileReport
 from viditq_fx.site import fqn_of_source
 
@@ -45,6 +46,8 @@ class Execution:
     report: CompileReport
     weights: dict[str, Tensor]
     """Source name -> the parameter that this call was made with."""
+    options: CompileOptions
+    """What the graph was compiled with."""
 
 
 _EXECUTIONS: ContextVar[list[Execution] | None] = ContextVar("viditq_executions", default=None)
@@ -74,14 +77,15 @@ class CompiledGraph:
         biases: Sequence[tuple[int, ...]] = (),
         full_weights: Sequence[tuple[int, str]],
         report: CompileReport,
-        release_weights: bool,
+        options: CompileOptions,
     ) -> None:
         self._compiled = compiled
         self._passed_through = tuple(passed_through)
         self._weights = tuple(weights)
         self._biases = tuple(biases)
         self._full_weights = tuple(full_weights)
-        self._release = release_weights
+        self._release = options.weights == "release"
+        self._options = options
         self._refusals: dict[str, str] = {}
         self.report = report
 
@@ -104,7 +108,7 @@ class CompiledGraph:
                 name: args[i] for s in self._weights for i, name in zip(s.indices, s.names, strict=True)
             }
             weights |= {name: args[index] for index, name in self._full_weights}
-            collected.append(Execution(report=self.report, weights=weights))
+            collected.append(Execution(report=self.report, weights=weights, options=self._options))
         result = self._compiled(*inputs)
         if self._release:
             self._release_sources(args)

@@ -8,6 +8,7 @@ pytest.importorskip("jinja2")
 
 import viditq_fx as vq
 from tests.models.tiny_dits import TINY_DITS
+from viditq_fx.inspection.blocks import choose_block, find_blocks
 from viditq_fx.inspection.breakdown import block_of, everything
 from viditq_fx.inspection.render import why
 
@@ -129,9 +130,35 @@ def test_pictures_and_diffs_are_there(opened):
     shown = [svg for svg in find(driver, ".picture svg") if svg.is_displayed()]
     assert len(shown) == 1
     drawn = shown[0].find_elements("css selector", "g.quantized rect")
-    assert len(drawn) > 5
+    assert len(drawn) > 4
     assert all(box.size["width"] > 20 for box in drawn[1:])  # the first is the legend's
     assert find(driver, ".diff pre .add")
+
+
+CLIPPED = """
+return [...arguments[0].querySelectorAll(".column g[class]:not(.badge)")].flatMap((box) => {
+  const rect = box.querySelector("rect").getBBox();
+  return [...box.querySelectorAll(":scope > text")].filter((text) => {
+    const inner = text.getBBox();
+    const right = inner.x + inner.width, bottom = inner.y + inner.height;
+    return inner.x < rect.x || right > rect.x + rect.width || bottom > rect.y + rect.height + 1;
+  }).map((text) => text.textContent);
+});
+"""
+
+
+def test_the_typical_block_is_open_and_its_picture_fits(opened):
+    """At 1400 pixels nothing scrolls sideways, a block is seen at a glance, and every label is inside its box."""
+    _, report, driver = opened
+    (shown,) = [item for item in find(driver, ".graph") if item.get_attribute("open")]
+    blocks = find_blocks(report.snapshots)
+    assert shown.get_attribute("data-block") == choose_block(blocks).name
+    assert len(choose_block(blocks).alike) == max(len(block.alike) for block in blocks)
+    (picture,) = [item for item in find(driver, ".picture") if item.is_displayed()]
+    wide = driver.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", picture)
+    assert wide <= 0
+    assert picture.size["height"] < 1000
+    assert driver.execute_script(CLIPPED, picture) == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

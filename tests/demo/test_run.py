@@ -1,5 +1,6 @@
 """The demo end to end with a tiny random model, and its report from figures made up for the purpose."""
 
+import io
 import json
 import re
 
@@ -10,10 +11,12 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+import numpy as np
 from diffusers import DiTTransformer2DModel
+from matplotlib.image import imread
 
 from viditq_fx.demo.config import DemoConfig
-from viditq_fx.demo.grid import draw_grid
+from viditq_fx.demo.grid import choose_gain, draw_grid
 from viditq_fx.demo.report import render_html, render_json, site_rows
 from viditq_fx.demo.result import DemoResult, VariantFigures, notes, signed, speed_in_words
 from viditq_fx.demo.run import run_demo
@@ -210,6 +213,34 @@ def test_the_grid_is_a_png_with_a_row_for_each_variant_and_difference():
     only = draw_grid({"fp32": images["fp32"][:1]}, torch.arange(1), seed=3)
     heights = [int.from_bytes(data[20:24], "big") for data in (png, only)]
     assert heights[0] > 3 * (heights[1] - 120)
+
+
+def test_one_factor_for_all_differences_makes_them_seen_and_few_of_them_black():
+    small, large = torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
+    small[:, :, :16], large[:, :, :16], large[0, 0, 0, :4] = 0.01, 0.03, 2.0
+    gain = choose_gain([small, large])
+    assert gain == 50  # 100 would draw all of the larger ones black
+    assert (large * gain > 2).float().mean() < 0.01
+    assert choose_gain([small]) == 200
+    assert choose_gain([torch.zeros(2, 1, 32, 32)]) == choose_gain([]) == 1
+    assert choose_gain([torch.full((2, 1, 32, 32), 1.9)]) == 1
+
+
+def test_differences_are_seen_in_the_picture(monkeypatch):
+    said = []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, x, y, s, **style: said.append(s))
+    base = torch.full((3, 1, 32, 32), -1.0)
+    images = {"fp32": base, "w8a8": base + 0.01, "w8a7": base + 0.03}
+    picture = imread(io.BytesIO(draw_grid(images, torch.arange(3), seed=0)))[..., :3].mean(-1)
+    assert [line for line in said if "×" in line] == ["|w8a8 − fp32| × 50", "|w8a7 − fp32| × 50"]
+    row_of, column = (
+        np.array_split(picture[int(150 * 0.75) :], 5),
+        int(150 * (1.75 + 0.31)),
+    )  # inches of title, label
+    middle = [float(row[len(row) // 2, column]) for row in row_of]
+    assert middle[0] == 0  # the images are black
+    assert 0.7 < middle[3] < 0.85
+    assert 0.15 < middle[4] < 0.35
 
 
 @pytest.mark.slow

@@ -2,11 +2,12 @@
 
 import random
 import subprocess
+from itertools import pairwise
 
 import pytest
 
 from viditq_fx.inspection import layout as layout_module
-from viditq_fx.inspection.layout import lay_out, lay_out_in_layers
+from viditq_fx.inspection.layout import lay_out, lay_out_in_layers, layers_of
 
 
 def a_graph(seed, nodes=40):
@@ -43,6 +44,16 @@ def test_our_own_layout(seed):
     layout = lay_out_in_layers(sizes, edges)
     check(layout, sizes, edges)
     assert layout == lay_out_in_layers(sizes, edges)
+
+
+def test_what_hangs_on_inputs_alone_stands_near_its_user():
+    """text -> kv is ready at once, and is drawn where the fifth box of the main path reads it."""
+    path = [f"a{i}" for i in range(6)]
+    edges = [*pairwise(path), ("text", "kv"), ("kv", "a5"), ("a1", "side"), ("side", "a5")]
+    layer = layers_of([*path, "text", "kv", "side"], edges)
+    assert [layer[name] for name in path] == list(range(6))
+    assert (layer["text"], layer["kv"]) == (3, 4)
+    assert layer["side"] == 2  # it needs the main path, and stays with it
 
 
 def test_one_box_and_none():

@@ -2,7 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +12,7 @@ from torch import nn
 import viditq_fx as vq
 from tests.small_models import QUANTIZED_PER_LAYER, tiny_dit, tiny_inputs
 from viditq_fx.errors import ViditqError
+from viditq_fx.inspection import page
 from viditq_fx.inspection.blocks import choose_block, find_blocks
 from viditq_fx.inspection.breakdown import ROOT
 from viditq_fx.inspection.drawing import to_dot, to_svg
@@ -64,6 +65,24 @@ def test_blocks_that_are_alike_are_one(blocks):
     assert inner is choose_block(blocks, "blocks.2") is blocks[1]
     assert choose_block(blocks, "blocks.9") is None
     assert (inner.sites, inner.quantized) == (QUANTIZED_PER_LAYER + 2, QUANTIZED_PER_LAYER)
+
+
+def test_the_typical_block_is_shown_first():
+    """The first block differs (it has a linear more): the kind that the others are is the typical one."""
+    model = tiny_dit(4)
+    first = model.blocks[0]
+    first.down = nn.Sequential(first.down, nn.Linear(64, 64)).eval().requires_grad_(False)
+    report = vq.explain(model, *tiny_inputs(), graphs=True)
+    blocks = find_blocks(report.snapshots)
+    assert [(b.name, len(b.alike), b.quantized) for b in blocks if b.name != ROOT] == [
+        ("blocks.0", 0, QUANTIZED_PER_LAYER + 1),
+        ("blocks.1", 2, QUANTIZED_PER_LAYER),
+    ]
+    assert choose_block(blocks).name == "blocks.1"
+    shown = {item.block.name: item.shown for item in page._graphs(report)}
+    assert shown == {ROOT: False, "blocks.0": False, "blocks.1": True}
+    for seen in (report, replace(report, snapshots=[])):
+        assert [group.name for group in page._groups(seen) if group.open] == ["blocks.1"]
 
 
 def test_a_diff_shows_what_a_pass_did(blocks):

@@ -57,7 +57,7 @@ def test_each_pass_logs_one_line_and_each_reject_another(caplog):
         passed(tiny_dit(1), *tiny_inputs())
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert [line.partition(":")[0] for line in lines] == [step.name for step in default_passes()]
-    assert "annotate_sites: head: final projection: kept in full precision" in caplog.messages
+    assert "annotate_sites: head: final projection: its error would be the output's" in caplog.messages
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def explain(
     block: Annotated[
         str | None,
         typer.Option(
-            help="Block for --svg and --dot, e.g. blocks.0.  [default: one with most quantized sites]"
+            help="Block for --svg and --dot, e.g. blocks.0.  [default: of the kind that occurs most often]"
         ),
     ] = None,
     after: Annotated[

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from viditq_fx.inspection.breakdown import by_reason, by_role, everything, total
+from viditq_fx.inspection.breakdown import by_declined, by_reason, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainReport
+from viditq_fx.inspection.vocabulary import scheme_in_words
 
 _SHOWN = 4
 _UNITS = ("", "k", "M", "G", "T", "P")
@@ -39,16 +40,16 @@ def _quantized(report: ExplainReport) -> list[str]:
         return [f"Nothing: none of the {linears} linears of {report.model} runs in integers."]
     rows = by_role(report)
     everything_row, linear_row = total(rows), total(r for r in rows if r.role != "attention")
-    sentence = (
-        f"{done} of {linears} linears of {report.model} run in integers ({', '.join(report.schemes)}): "
-        f"{percent(linear_row.flops_quantized, linear_row.flops)} of the FLOPs of linears"
-    )
+    schemes = "; ".join(f"{scheme}: {scheme_in_words(scheme)}" for scheme in report.schemes)
+    share = f"{percent(linear_row.flops_quantized, linear_row.flops)} of the FLOPs of linears"
     if linear_row.flops != everything_row.flops:
-        sentence += (
-            f", {percent(everything_row.flops_quantized, everything_row.flops)} counting attention too"
-        )
+        share += f", {percent(everything_row.flops_quantized, everything_row.flops)} counting attention too"
     roles = ", ".join(f"{row.quantized} {row.role}" for row in rows if row.quantized)
-    return [sentence + ".", f"By role: {roles}."]
+    return [
+        f"{done} of {linears} linears of {report.model} run in integers ({schemes}).",
+        f"They do {share}.",
+        f"By role: {roles}.",
+    ]
 
 
 def _not_quantized(report: ExplainReport) -> list[str]:
@@ -57,19 +58,19 @@ def _not_quantized(report: ExplainReport) -> list[str]:
     for row in by_reason(report):
         count = len(row.sites)
         what = "attention call" if row.roles == ["attention"] else "linear"
-        share = f" ({percent(row.flops, flops)} of all FLOPs)" if row.flops else ""
+        share = f", {percent(row.flops, flops)} of all FLOPs" if row.flops else ""
         sentences.append(
-            f"{count} {what}{'s' if count > 1 else ''} {row.outcome}{share}: {row.reason}. {_named(row.sites)}."
+            f"{count} {what}{'s' if count > 1 else ''} {row.outcome}{share}: {row.reason}. Where: {named(row.sites)}."
         )
     if report.unseen:
         sentences.append(
             f"{len(report.unseen)} linears are in no compiled graph (dead for this input, or run eagerly: outside the "
-            f"compiled blocks, or after a graph break): {_named(report.unseen)}."
+            f"compiled blocks, or after a graph break): {named(report.unseen)}."
         )
     return sentences or ["Every linear is quantized."]
 
 
-def _named(paths: Sequence[str]) -> str:
+def named(paths: Sequence[str]) -> str:
     """Paths, those of repeated blocks told once: "blocks.*.attn (12)".
 
     Only the block's number becomes a star, so that the text is a pattern that `keep` takes.
@@ -78,8 +79,10 @@ def _named(paths: Sequence[str]) -> str:
     for path in paths:
         pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path, count=1)
         patterns.setdefault(pattern, []).append(path)
-    named = [same[0] if len(same) == 1 else f"{pattern} ({len(same)})" for pattern, same in patterns.items()]
-    return ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
+    most_first = sorted(patterns.items(), key=lambda item: -len(item[1]))
+    words = [same[0] if len(same) == 1 else f"{pattern} ({len(same)})" for pattern, same in most_first]
+    left = sum(len(same) for _, same in most_first[_SHOWN:])
+    return ", ".join(words[:_SHOWN]) + (f" and {left} more" if left else "")
 
 
 def _saves(report: ExplainReport) -> list[str]:
@@ -88,29 +91,33 @@ def _saves(report: ExplainReport) -> list[str]:
     if not before:
         return ["Nothing: no weight is packed."]
     sentences = [
-        f"Packed, the weights of quantized linears take {size(packed)} instead of {size(before)} "
-        f"({packed / before:.2f}x)."
+        f"Weights of quantized linears: {size(packed)} packed (integers and scales) instead of {size(before)} in full "
+        f"precision, {packed / before:.2f}x.",
+        *_memory(report, totals["quantized_weight_bytes_full_resident"]),
     ]
-    resident = totals["quantized_weight_bytes_full_resident"]
-    if resident:
-        sentences.append(
-            f"Their full-precision copies ({size(resident)}) are still in memory, so the model takes "
-            f"{size(report.model_bytes)} instead of {size(report.model_bytes_before)}: compile with "
-            'options={"weights": "release"}, or use vq.quantize_, to give them back.'
-        )
-    elif report.model_bytes_before:
-        ratio = report.model_bytes / report.model_bytes_before
-        sentences.append(
-            f"The whole model takes {size(report.model_bytes)} instead of {size(report.model_bytes_before)} "
-            f"({ratio:.2f}x)."
-        )
     row = total(by_role(report))
     if row.flops:
         sentences.append(
-            f"{count_of(row.flops_quantized)}FLOPs of {count_of(row.flops)}FLOPs a call are integer products; how much "
-            "faster that is depends on the machine: this page measures no speed."
+            f"Work: {count_of(row.flops_quantized)}FLOPs of {count_of(row.flops)}FLOPs a call are integer products "
+            f"({percent(row.flops_quantized, row.flops)}). How much faster that is depends on the machine; no speed is "
+            "measured here."
         )
     return sentences
+
+
+def _memory(report: ExplainReport, resident: int) -> list[str]:
+    """What the whole model takes now; `resident`: bytes of full-precision copies beside packed weights."""
+    now, before = report.model_bytes, report.model_bytes_before
+    if not before:
+        return []
+    if resident:
+        return [
+            f"Memory now: nothing is saved yet. The full-precision copies ({size(resident)}) stay beside the packed "
+            f"weights: the whole model takes {size(now)} instead of {size(before)} ({now / before:.2f}x). "
+            f'options={{"weights": "release"}}, or vq.quantize_, frees them: {size(now - resident)} '
+            f"({(now - resident) / before:.2f}x)."
+        ]
+    return [f"Memory now: the whole model takes {size(now)} instead of {size(before)} ({now / before:.2f}x)."]
 
 
 def _notes(report: ExplainReport) -> list[str]:
@@ -121,7 +128,13 @@ def _notes(report: ExplainReport) -> list[str]:
         )
     hidden = [site.fqn or "(root)" for site in report.sites if not site.width]
     if hidden:
-        notes.append(f"FLOPs and bytes of what these calls hide are not counted: {_named(hidden)}.")
+        notes.append(f"FLOPs and bytes of what these calls hide are not counted: {named(hidden)}.")
+    for row in by_declined(report):
+        if row.extra:
+            places = f"{len(row.sites)} place{'s' if len(row.sites) > 1 else ''}"
+            notes.append(
+                f"Extra pass {row.step!r} declined {places}: {row.reason}. Where: {named(row.sites)}."
+            )
     if report.graph_runs > report.graphs:
         notes.append(
             f"{report.graphs} compiled graphs ran {report.graph_runs} times: one graph serves several blocks, or a "

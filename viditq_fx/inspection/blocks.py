@@ -90,11 +90,16 @@ def find_blocks(snapshots: Sequence[Snapshot]) -> list[Block]:
 
 
 def choose_block(blocks: Sequence[Block], name: str | None = None) -> Block | None:
-    """The block with this name, or the first of those with most quantized sites; None when there is none."""
+    """The block with this name, or the typical one; None when there is none.
+
+    Typical is the kind that occurs most often - a model's first block often differs from all others - and of
+    several such the one with most quantized sites.
+    """
     if name is not None:
         return next((b for b in blocks if name in {b.name, *b.alike}), None)
     inside = [b for b in blocks if b.name != ROOT] or list(blocks)
-    return max(inside, key=lambda b: (b.quantized, b.sites), default=None)
+    with_sites = [b for b in inside if b.sites] or inside
+    return max(with_sites, key=lambda b: (len(b.alike), b.quantized, b.sites), default=None)
 
 
 def _home(node: SnapshotNode) -> str:

@@ -47,6 +47,17 @@ class ReasonRow:
 
 
 @dataclass(kw_only=True)
+class DeclinedRow:
+    """All places at which one pass declined for one reason."""
+
+    step: str
+    reason: str
+    extra: bool
+    """The pass is from outside."""
+    sites: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class KernelRow:
     """All sites that one kernel runs."""
 
@@ -121,6 +132,18 @@ def by_reason(report: ExplainReport) -> list[ReasonRow]:
     return sorted(rows.values(), key=lambda row: (row.outcome != "refused", -row.flops, row.reason))
 
 
+def by_declined(report: ExplainReport) -> list[DeclinedRow]:
+    """What passes declined and why, but for what the report of the site says itself; passes in their order."""
+    told = {(site.fqn, site.reason) for site in everything(report)}
+    rows: dict[tuple[str, str], DeclinedRow] = {}
+    for item in report.declined:
+        if (item.fqn, item.reason) in told and not item.extra:
+            continue
+        made = DeclinedRow(step=item.step, reason=item.reason, extra=item.extra)
+        rows.setdefault((item.step, item.reason), made).sites.append(item.fqn or "(root)")
+    return list(rows.values())
+
+
 def by_kernel(report: ExplainReport) -> list[KernelRow]:
     """Which kernel runs how many sites; what is not quantized runs as PyTorch or Inductor chooses."""
     rows: dict[str, KernelRow] = {}
@@ -156,6 +179,7 @@ def breakdown(report: ExplainReport) -> dict[str, Any]:
         "by_reason": [asdict(row) for row in by_reason(report)],
         "by_kernel": [asdict(row) for row in by_kernel(report)],
         "by_pass": [asdict(row) for row in by_pass(report)],
+        "by_declined": [asdict(row) for row in by_declined(report)],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from viditq_fx.backend import read_options
 from viditq_fx.errors import ViditqError
 from viditq_fx.inspection.files import check_writable, write_text
+from viditq_fx.inspection.retrace import options_of
 from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, trace
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
-from viditq_fx.options import CompileOptions, split_options
+from viditq_fx.options import split_options
 from viditq_fx.passes.work import ATTENTION
 from viditq_fx.quant_linear import QuantLinear
-from viditq_fx.report import PassTrace, SiteReport
+from viditq_fx.report import Declined, PassTrace, SiteReport
 from viditq_fx.runtime import Execution, executions
-from viditq_fx.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from viditq_fx.inspection.flow_graph import FlowGraph
@@ -64,6 +63,8 @@ class ExplainReport:
     """Attention calls that are no sites: M = batch x heads x queries, K = head width, N = keys."""
     rejects: list[str] = field(default_factory=list)
     passes: list[PassTrace] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+    """What passes left as it was and why, each place once, under its full path."""
     notes: list[str] = field(default_factory=list)
     """What to know of the call that this report is of."""
     unseen: list[str] = field(default_factory=list)
@@ -127,7 +128,7 @@ class ExplainReport:
     def to_svg(
         self, path: str | os.PathLike[str], *, block: str | None = None, after: str | None = None
     ) -> Path:
-        """Write a picture of one block (its path; by default one with most quantized sites) after a pass.
+        """Write a picture of one block (its path; by default of the kind that occurs most often) after a pass.
 
         `after` is "captured", the name of a pass, or None for the last. Raises ViditqError where there
         is no such block or pass, or the file cannot be written.
@@ -179,7 +180,8 @@ def explain(
     With `graphs=True` the plain model runs once more, eagerly, to show every graph before and after
     each pass; without, no graph is kept.
     Raises OptionError for a wrong option, ViditqError when no viditq graph ran or `options`
-    is given for a compiled model, or graphs are asked for and its weights are released.
+    is given for a compiled model, or graphs are asked for and its weights are released, or its
+    blocks were compiled with different passes.
     """
     read_options(options)  # a wrong option is an error of ours, not one wrapped by torch.compile
     compiled, plain = model, getattr(model, "_orig_mod", model)
@@ -212,7 +214,7 @@ def explain(
             "require them) is left to plain Inductor and nothing is quantized."
         )
     if graphs:
-        traced = traced or trace(plain, args, kwargs, _options_of(report))
+        traced = traced or trace(plain, args, kwargs, options_of(ran, report))
         report.snapshots = traced.snapshots(
             {
                 (site.fqn, site.role == ATTENTION): Outcome(
@@ -222,18 +224,6 @@ def explain(
             }
         )
     return report
-
-
-def _options_of(report: ExplainReport) -> CompileOptions:
-    """The options of a model compiled elsewhere, as far as passes depend on them, from what they did."""
-    sites = (*report.sites, *report.attention)
-    kept = (s for s in sites if s.outcome == "kept" and (s.reason or "").startswith("kept by pattern"))
-    forced = any(site.planned for site in report.attention)
-    return CompileOptions(
-        scheme=QuantScheme.parse(report.schemes[0]),
-        keep=tuple(glob.escape(site.fqn) for site in kept),
-        attention="int8" if forced else "keep",
-    )
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -253,7 +243,7 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
         rejects=[reason for r in unique.values() for reason in r.rejects],
         passes=[trace for r in unique.values() for trace in r.passes],
     )
-    sites, attention = [], []
+    sites, attention, declined = [], [], []
     for run in ran:
         made = [
             _explain_site(entry, run.weights.get(entry.weight or ""), names) for entry in run.report.sites
@@ -266,7 +256,9 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
             site.joined = prefix + site.joined if site.joined is not None else None
         sites += made
         attention += calls
+        declined += [replace(item, fqn=(prefix + item.fqn).rstrip(".")) for item in run.report.declined]
     report.sites, report.attention = _merge(sites), _merge(attention)
+    report.declined = list(dict.fromkeys(declined))
     if isinstance(module, nn.Module):
         report.model_bytes, report.model_bytes_before = _model_bytes(module)
         _fill_quant_linears(module, report)

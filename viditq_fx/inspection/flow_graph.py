@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from viditq_fx.inspection.blocks import Block, Stage, base_name, relative
 from viditq_fx.inspection.breakdown import ROOT
@@ -28,6 +30,9 @@ TRIVIAL = frozenset(
 )
 """Views, casts and tuple items: they move values and compute none."""
 
+_WRAP = 26
+"""Characters of a line in a box of several ops."""
+
 KINDS = {
     "quantized": "quantized site",
     "step": "quantize step",
@@ -48,6 +53,8 @@ class FlowNode:
     lines: tuple[str, ...]
     """What is written in it: op, site and role, type."""
     tooltip: str
+    part: str = ""
+    """Of a site: the part of the block that it stands in, the first step of its path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +96,7 @@ class _Builder:
         nodes = (*ports.values(), *map(self._node, shown), *outputs.values())
         alike = f" and {len(self._block.alike)} alike" if self._block.alike else ""
         title = f"{self._block.name}{alike}, {_moment(self._stage.after)}"
-        return FlowGraph(title=title, nodes=nodes, edges=tuple(edges))
+        return _folded(FlowGraph(title=title, nodes=nodes, edges=tuple(edges)))
 
     def _sources(self, names: Iterable[str]) -> list[str]:
         """The shown nodes that the named ones are, or are views of."""
@@ -113,7 +120,8 @@ class _Builder:
 
     def _port(self, name: str) -> FlowNode:
         node = self._stage.outside[name]
-        label = node.target if node.op == "placeholder" else base_name(name)
+        part = base_name(name) == "getitem" and node.inputs  # say of what
+        label = node.target if node.op == "placeholder" else base_name(node.inputs[0] if part else name)
         return FlowNode(
             key=name, kind="port", lines=(label, _type(node)), tooltip=f"from {node.module or 'outside'}"
         )
@@ -133,7 +141,48 @@ class _Builder:
             tooltip.append(f"{node.outcome}{': ' + node.reason if node.reason else ''}")
         is_step = node.part is not None and not node.members
         kind = "other" if node.site is None else "step" if is_step else str(node.outcome)
-        return FlowNode(key=node.name, kind=kind, lines=(*lines, _type(node)), tooltip="\n".join(tooltip))
+        path = "" if node.site is None or is_step else relative(node.site, self._prefix)
+        return FlowNode(
+            key=node.name,
+            kind=kind,
+            lines=(*lines, _type(node)),
+            tooltip="\n".join(tooltip),
+            part=path.partition(".")[0].strip("()") if path != "(block)" else "",
+        )
+
+
+def _folded(graph: FlowGraph) -> FlowGraph:
+    """Ops that are no sites and lead to one such op alone, as one box with it: a gate and its residual, RoPE.
+
+    Whatever leaves such a box leaves it from its last op, so no arrow can come to lead back.
+    """
+    kinds = {node.key: node.kind for node in graph.nodes}
+    users: dict[str, list[str]] = defaultdict(list)
+    for source, target in graph.edges:
+        users[source].append(target)
+    home = {key: key for key in kinds}
+    for node in reversed(graph.nodes):  # in order of the graph: users come later
+        homes = {home[user] for user in users[node.key]}
+        if node.kind == "other" and len(homes) == 1 and kinds[next(iter(homes))] == "other":
+            home[node.key] = homes.pop()
+    members: dict[str, list[FlowNode]] = defaultdict(list)
+    for node in graph.nodes:
+        members[home[node.key]].append(node)
+    edges = dict.fromkeys((home[a], home[b]) for a, b in graph.edges if home[a] != home[b])
+    nodes = tuple(_as_one(members[node.key]) for node in graph.nodes if node.key in members)
+    return replace(graph, nodes=nodes, edges=tuple(edges))
+
+
+def _as_one(nodes: list[FlowNode]) -> FlowNode:
+    """One box for several ops, in their order; the last one's type is what leaves it."""
+    last = nodes[-1]
+    if len(nodes) == 1:
+        return last
+    counts = Counter(node.lines[0] for node in nodes)
+    words = [name if count == 1 else f"{name} ×{count}" for name, count in counts.items()]
+    lines = textwrap.wrap(", ".join(words), _WRAP, break_long_words=False)
+    tooltip = "\n".join(f"{node.tooltip}: {node.lines[-1]}" for node in nodes)
+    return replace(last, lines=(*lines, last.lines[-1]), tooltip=tooltip)
 
 
 def _moment(after: str) -> str:

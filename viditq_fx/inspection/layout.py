@@ -47,7 +47,7 @@ def lay_out_in_layers(sizes: Mapping[str, Size], edges: Sequence[Edge]) -> Layou
     """Our own layout: the same for the same input, with nothing installed."""
     if not sizes:
         return Layout(width=0, height=0, centres={}, curves={})
-    layer = _layers(list(sizes), edges)
+    layer = layers_of(list(sizes), edges)
     chains = {edge: _chain(edge, layer) for edge in edges}
     rows: dict[int, list[str]] = defaultdict(list)
     for name in sizes:
@@ -64,8 +64,8 @@ def lay_out_in_layers(sizes: Mapping[str, Size], edges: Sequence[Edge]) -> Layou
     return _finish(ordered, xs, sizes, chains)
 
 
-def _layers(names: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]:
-    """Longest path from the sources; sources then sink to just above the first of their users."""
+def layers_of(names: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]:
+    """Longest path from the sources; these, and what hangs on them alone, sink to just above their first users."""
     inputs: dict[str, list[str]] = defaultdict(list)
     users: dict[str, list[str]] = defaultdict(list)
     for source, target in edges:
@@ -82,8 +82,14 @@ def _layers(names: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]:
             if not waiting[user]:
                 ready.append(user)
     assert len(layer) == len(names), "a data-flow graph has no cycles"
+    hangs: set[str] = set()
+    for name in layer:
+        if all(
+            not inputs[source] or (source in hangs and len(users[source]) == 1) for source in inputs[name]
+        ):
+            hangs.add(name)
     for name in reversed(list(layer)):
-        if not inputs[name] and users[name]:
+        if name in hangs and users[name]:
             layer[name] = min(layer[user] for user in users[name]) - 1
     return layer
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
 from viditq_fx.errors import ViditqError
 from viditq_fx.inspection.answers import answers, count_of, percent, size
-from viditq_fx.inspection.blocks import Block, choose_block, find_blocks
-from viditq_fx.inspection.breakdown import block_of, everything
+from viditq_fx.inspection.blocks import Block, choose_block, find_blocks, relative
+from viditq_fx.inspection.breakdown import ROOT, block_of, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
 from viditq_fx.inspection.drawing import to_svg
 from viditq_fx.inspection.flow_graph import flow_graph
 from viditq_fx.inspection.render import shape_of, tables, why
+from viditq_fx.inspection.vocabulary import OUTCOMES, ops_in_words, scheme_in_words
 
-OUTCOMES = ("quantized", "kept", "refused")
 _MOST_BOXES = 260
 """A picture of more boxes is no picture any more, and takes seconds to lay out."""
 
@@ -42,8 +43,8 @@ class Group:
     name: str
     rows: tuple[Row, ...]
     summary: str
-    refused: bool
-    """Something in it was planned and could not be done."""
+    open: bool
+    """It shows when the page opens: the typical block, and those in which something was refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,9 @@ class BlockGraphs:
     last: str
     """Name of the last pass."""
     shown: bool
-    """Whether it is open when the page opens."""
+    """Whether it is open when the page opens: the typical one."""
+    ops: Mapping[str, str]
+    """Our ops in it -> what they do."""
 
 
 def render_page(report: ExplainReport) -> str:
@@ -70,15 +73,34 @@ def render_page(report: ExplainReport) -> str:
     sites = everything(report)
     return environment.from_string(source.read_text(encoding="utf-8")).render(
         report=report,
+        scheme=", ".join(f"{name} ({scheme_in_words(name)})" for name in report.schemes),
+        headline=_headline(report),
         answers=answers(report),
         bars=_bars(sites),
-        tables=tables(report),
-        groups=_groups(sites),
+        role_table=tables(report)[0],
+        tables=tables(report)[1:],
+        groups=_groups(report),
         count=len(sites),
         roles=list(dict.fromkeys(site.role for site in sites)),
-        outcomes=[o for o in OUTCOMES if any(site.outcome == o for site in sites)],
+        outcomes={o: words for o, words in OUTCOMES.items() if any(site.outcome == o for site in sites)},
         graphs=_graphs(report),
     )
+
+
+def _headline(report: ExplainReport) -> list[tuple[str, str]]:
+    """The figures to take away: (figure, what it is)."""
+    totals, work = report.totals(), total(by_role(report))
+    before, packed = totals["quantized_weight_bytes_before"], totals["quantized_weight_bytes_packed"]
+    figures = [(f"{report.count('quantized')} of {len(report.sites)}", "linears run in integers")]
+    if work.flops:
+        share = percent(work.flops_quantized, work.flops)
+        figures.append((share, "of the FLOPs of linears and attention are integer products"))
+    if before:
+        figures.append((f"{size(before)} → {size(packed)}", "weights of these linears, packed"))
+    if report.model_bytes_before:
+        now = f"{size(report.model_bytes_before)} → {size(report.model_bytes)}"
+        figures.append((now, "the whole model in memory, before and now"))
+    return figures
 
 
 def _bars(sites: Sequence[ExplainedSite]) -> list[tuple[str, list[tuple[str, str, float]]]]:
@@ -99,11 +121,13 @@ def _bars(sites: Sequence[ExplainedSite]) -> list[tuple[str, list[tuple[str, str
     return bars
 
 
-def _groups(sites: Sequence[ExplainedSite]) -> list[Group]:
+def _groups(report: ExplainReport) -> list[Group]:
+    sites = everything(report)
     blocks: dict[str, list[ExplainedSite]] = {}
     for site in sites:
         blocks.setdefault(block_of(site.fqn), []).append(site)
     flops = sum(site.flops for site in sites)
+    typical = _typical(report, blocks)
     groups = []
     for name, members in blocks.items():
         counts = [(o, sum(site.outcome == o for site in members)) for o in OUTCOMES]
@@ -114,10 +138,25 @@ def _groups(sites: Sequence[ExplainedSite]) -> list[Group]:
                 name=name,
                 rows=tuple(map(_row, members)),
                 summary=f"{words}; {share} of FLOPs",
-                refused=any(site.outcome == "refused" for site in members),
+                open=name == typical or any(site.outcome == "refused" for site in members),
             )
         )
     return groups
+
+
+def _typical(report: ExplainReport, blocks: Mapping[str, Sequence[ExplainedSite]]) -> str | None:
+    """The block whose picture is open; without pictures, of the kind of sites that occurs most often."""
+    chosen = choose_block(find_blocks(report.snapshots))
+    if chosen is not None:
+        return chosen.name
+    kinds = {name: _kind(name, sites) for name, sites in blocks.items() if name != ROOT or len(blocks) == 1}
+    counts = Counter(kinds.values())
+    return max(kinds, key=lambda name: counts[kinds[name]], default=None)
+
+
+def _kind(name: str, sites: Sequence[ExplainedSite]) -> tuple[tuple[str, ...], ...]:
+    """What two blocks that are alike have the same."""
+    return tuple((relative(s.fqn, name), s.role, s.outcome, shape_of(s), s.kernel or "") for s in sites)
 
 
 def _row(site: ExplainedSite) -> Row:
@@ -144,6 +183,7 @@ def _graphs(report: ExplainReport) -> list[BlockGraphs]:
             after=_picture(block, -1),
             last=block.stages[-1].after,
             shown=block is chosen,
+            ops=ops_in_words(node.target for node in block.stages[-1].nodes),
         )
         for block in blocks
     ]

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from viditq_fx.inspection.answers import count_of, lines, percent, size
-from viditq_fx.inspection.breakdown import RoleRow, block_of, by_kernel, by_pass, by_role, everything, total
+from viditq_fx.inspection.answers import count_of, lines, named, percent, size
+from viditq_fx.inspection.breakdown import (
+    RoleRow,
+    block_of,
+    by_declined,
+    by_kernel,
+    by_pass,
+    by_role,
+    everything,
+    total,
+)
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
+from viditq_fx.inspection.vocabulary import role_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +28,14 @@ class Table:
     numeric: tuple[str, ...]
     """Columns of numbers, to be aligned to the right."""
     rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    """What a reader must know to read it."""
 
 
 def tables(report: ExplainReport) -> tuple[Table, ...]:
-    """Totals by role, by kernel and by pass."""
-    return _role_table(report), _kernel_table(report), _pass_table(report)
+    """Totals by role, by kernel and by pass; what passes declined, if there is something that no site tells."""
+    made = (_role_table(report), _kernel_table(report), _pass_table(report), _declined_table(report))
+    return tuple(table for table in made if table.rows)
 
 
 def site_table(report: ExplainReport) -> Table:
@@ -83,11 +96,16 @@ def shape_of(site: ExplainedSite) -> str:
 
 def _role_table(report: ExplainReport) -> Table:
     rows = by_role(report)
-    columns = ("role", "sites", "quantized", "kept", "refused", "FLOPs", "of all", "quantized FLOPs")
-    columns += ("weights", "quantized weights", "packed")
+    columns = ("role", "sites", "quantized", "kept", "refused", "FLOPs", "of all FLOPs", "quantized FLOPs")
+    columns += ("weights", "quantized weights", "packed", "what it is")
     everything_row = total(rows)
     cells = tuple(_role_cells(row, everything_row) for row in [*rows, everything_row])
-    return Table(title="by role", columns=columns, numeric=columns[1:], rows=cells)
+    note = (
+        "FLOPs are multiplies and adds of one call of the model: 2·M·K·N of a linear, 2·B·H·Lq·Lk·(D + Dv) of an "
+        "attention; element-wise work is not counted. Weights are bytes in full precision, packed ones integers and "
+        "scales; one that several sites share counts once."
+    )
+    return Table(title="by role", columns=columns, numeric=columns[1:-1], rows=cells, note=note)
 
 
 def _role_cells(row: RoleRow, whole: RoleRow) -> tuple[str, ...]:
@@ -97,6 +115,7 @@ def _role_cells(row: RoleRow, whole: RoleRow) -> tuple[str, ...]:
         *(count_of(row.flops), percent(row.flops, whole.flops), percent(row.flops_quantized, row.flops)),
         *(weights if row.weight_bytes else ("", "")),
         size(row.weight_bytes_packed) if row.weight_bytes_packed else "",
+        role_in_words(row.role),
     )
 
 
@@ -114,6 +133,7 @@ def _kernel_table(report: ExplainReport) -> Table:
         columns=columns[:shown],
         numeric=("sites", "of all FLOPs"),
         rows=tuple(row[:shown] for row in cells),
+        note="What computes the sites on this machine.",
     )
 
 
@@ -128,4 +148,23 @@ def _pass_table(report: ExplainReport) -> Table:
         for row in rows
     ]
     cells.append(("all", f"{1e3 * sum(row.seconds for row in rows):.1f}", "", "", "", "", ""))
-    return Table(title="by pass", columns=columns, numeric=columns[1:], rows=tuple(cells))
+    note = (
+        "A pass is one rewrite of the graph; they run in this order, before Inductor. Matches: places where it did its "
+        "work; rejects: places that it left as they were, with a reason."
+    )
+    return Table(title="by pass", columns=columns, numeric=columns[1:], rows=tuple(cells), note=note)
+
+
+def _declined_table(report: ExplainReport) -> Table:
+    """Rejects that no site's own line tells, those of passes from outside among them."""
+    rows = tuple(
+        (f"{row.step} (extra)" if row.extra else row.step, str(len(row.sites)), row.reason, named(row.sites))
+        for row in by_declined(report)
+    )
+    return Table(
+        title="what passes declined",
+        columns=("pass", "places", "why", "where"),
+        numeric=("places",),
+        rows=rows,
+        note="Beside what the sites say themselves: the site runs as it did, this pass alone did nothing there.",
+    )

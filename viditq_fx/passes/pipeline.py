@@ -26,7 +26,7 @@ from viditq_fx.passes.quantize_attention import AnnotateAttention, QuantizeAtten
 from viditq_fx.passes.verify import verify
 from viditq_fx.passes.work import count_work
 from viditq_fx.plugins import PASSES_GROUP, Failure, attempt, installed, refuse
-from viditq_fx.report import CompileReport, PassTrace
+from viditq_fx.report import CompileReport, Declined, PassTrace
 
 __all__ = [
     "Anchored",
@@ -80,6 +80,11 @@ class PassPipeline:
                     nodes_after=len(gm.graph.nodes),
                 )
             )
+            ctx.report.declined += [
+                Declined(step=step.name, fqn=r.site.fqn, reason=r.reason, extra=self._is_extra(step))
+                for r in results
+                if isinstance(r, Reject)
+            ]
             _log(ctx.report.passes[-1], results)
             if step.name == AnnotateAttention.name:
                 count_work(gm.graph, ctx)

@@ -13,9 +13,9 @@ MIN_CHANNELS = 32
 """Fewest K and N: below, quantize and scales cost more than the product (LoRA ranks, patch channels)."""
 
 _ROLE_REASONS = {
-    CONDITION: "conditioning (adaLN modulation, timestep, class or pooled embedding): kept in full precision",
-    STEM: "embeds the model's input: kept in full precision",
-    HEAD: "final projection: kept in full precision",
+    CONDITION: "conditioning (adaLN modulation, timestep, class or pooled embedding): its error would reach all tokens",
+    STEM: "embeds the model's input: its error would go through every block",
+    HEAD: "final projection: its error would be the output's",
 }
 
 

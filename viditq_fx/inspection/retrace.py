@@ -1,0 +1,48 @@
+"""The options with which the graphs of a compiled model can be traced again: those it was compiled with."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from viditq_fx.errors import ViditqError
+from viditq_fx.options import CompileOptions
+from viditq_fx.runtime import Execution
+
+if TYPE_CHECKING:
+    from viditq_fx.inspection.collect import ExplainReport
+
+
+def options_of(ran: Sequence[Execution], report: ExplainReport) -> CompileOptions:
+    """What all graphs that ran were compiled with, for a trace of the whole model.
+
+    `keep` names full paths here: the patterns of a block are relative to it. Raises ViditqError where blocks were
+    compiled with different passes: one trace cannot show both.
+    """
+    kinds = {_passes_of(run.options): run.options for run in ran}
+    if len(kinds) > 1:
+        told = "; ".join(", ".join(f"{name}={value}" for name, value in kind) for kind in kinds)
+        raise ViditqError(
+            f"graphs=True runs one set of passes over the whole model, and its blocks were compiled with "
+            f"{len(kinds)}: {told}. Explain one of these blocks alone, or leave graphs=True out"
+        )
+    kept = [
+        site.fqn
+        for site in (*report.sites, *report.attention)
+        if site.outcome == "kept" and (site.reason or "").startswith("kept by pattern")
+    ]
+    # strict: what could be refused was, when the model was compiled; a trace of more than its blocks must not raise.
+    return replace(ran[0].options, keep=tuple(map(glob.escape, kept)), strict=False)
+
+
+def _passes_of(options: CompileOptions) -> tuple[tuple[str, Any], ...]:
+    """What decides which passes run and what they plan; extra passes by their text, as in the caches' keys."""
+    extra = ", ".join(map(repr, options.extra_passes))
+    return (
+        ("scheme", str(options.scheme)),
+        ("attention", options.attention),
+        ("plugins", options.plugins),
+        ("extra_passes", f"[{extra}]"),
+    )

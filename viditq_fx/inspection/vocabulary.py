@@ -1,0 +1,54 @@
+"""Our own words - roles, schemes, outcomes - in those of a reader who knows diffusion transformers and not us."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_LETTERS = {"q": "query", "k": "key", "v": "value"}
+_ROLES = {
+    "attn.out": "output projection of attention",
+    "ffn.up": "feed-forward, in (gates too)",
+    "ffn.down": "feed-forward, out",
+    "attention": "softmax(QKᵀ)V itself",
+    "cond": "timestep, class or pooled embedding, adaLN modulation",
+    "stem": "embeds latents or text",
+    "head": "final projection",
+    "other": "none of these",
+}
+_SCHEME = re.compile(r"w(\d+)a(\d+)")
+_OPS = {
+    "linear_w8a8": "an int8 GEMM with scales and bias; several names in one box are one wide GEMM",
+    "linear_w8a7": "a GEMM of 8-bit weights and 7-bit activations; several names in one box are one wide GEMM",
+    "quantize_per_token": "finds a scale for each token and rounds",
+    "norm_modulate_quantize": "LayerNorm or RMSNorm, adaLN scale and shift, and that rounding, in one op",
+    "activation_quantize": "GELU, SiLU or their like, a gate, and that rounding, in one op",
+    "attention_int8": "attention with quantized queries and keys",
+}
+OUTCOMES = {
+    "quantized": "runs in integers",
+    "kept": "in full precision on purpose",
+    "refused": "was to be quantized and could not be",
+}
+
+
+def role_in_words(role: str) -> str:
+    """What a role is: "attn.kv" -> "key and value projection"; "" for one that has no words."""
+    if role in _ROLES:
+        return _ROLES[role]
+    if "+" in role:
+        return "one linear for both: " + ", ".join(role_in_words(part) for part in role.split("+"))
+    letters = [_LETTERS[x] for x in role.removeprefix("attn.") if x in _LETTERS]
+    return " and ".join(letters) + " projection" if role.startswith("attn.") and letters else ""
+
+
+def ops_in_words(ops: Iterable[str]) -> dict[str, str]:
+    """Those of our ops that are among these -> what they do."""
+    there = set(ops)
+    return {name: words for name, words in _OPS.items() if name in there}
+
+
+def scheme_in_words(scheme: str) -> str:
+    """ "w8a7" -> "8-bit weights, 7-bit activations"."""
+    match = _SCHEME.fullmatch(scheme)
+    return f"{match.group(1)}-bit weights, {match.group(2)}-bit activations" if match else scheme
