@@ -180,12 +180,12 @@ def attention_int8_kernel(
     top_M, sum_M, out_MD = _attend(
         *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, mask_ptr),
         *(v_stride_l, mask_stride_q, mask_stride_k, first, rows, whole * 0, whole, LK),
-        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, False),
+        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, False),  # pyright: ignore[reportArgumentType]
     )
     top_M, sum_M, out_MD = _attend(
         *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, mask_ptr),
         *(v_stride_l, mask_stride_q, mask_stride_k, first, rows, whole, end, LK),
-        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, True),
+        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, True),  # pyright: ignore[reportArgumentType]
     )
 
     out_MD = out_MD / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
