@@ -58,3 +58,27 @@ def test_weights_are_inputs(generated):
     assert len(re.findall(r"assert_size_stride\(arg\d+_1, \(\d+, \d+\)", code)) >= 5
     assert "_frozen_param" not in code
     assert "constants" not in code.split("def call")[1].split("return")[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_int8_attention_runs_its_kernel(dynamic):
+    reports = []
+
+    def compiler(gm, inputs):
+        reports.append(viditq_backend(gm, inputs, options={"attention": "int8"}).report)
+
+    def make():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                return Block(WIDTH).requires_grad_(False), torch.empty(2, 512, WIDTH), torch.empty(2, WIDTH)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    code = cuda_code(make, compiler=compiler, dynamic=dynamic).text
+    (attention,) = reports[0].attention
+    assert (attention.kernel, attention.done) == ("triton:attention_int8 128x128", "int8-qk")
+    body = code[code.index("def call") :]
+    assert len(re.findall(r"attention_int8_kernel\w*\.run\(", body)) == 1
+    assert "bmm" not in body
+    assert "_scaled_dot_product" not in body

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from viditq_fx.lowering.attention_cuda import select_attention_kernels
 from viditq_fx.lowering.inductor_compat import cache_fingerprint, configured, wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
@@ -47,7 +48,7 @@ def compile_with_kernels(
     `inductor` is torch's own compiler object, which holds the user's Inductor options. `templates` are those from
     outside; `foreign` identifies all code from outside for cache keys, None keeps the result out of caches.
     """
-    by_node = select_cpu_kernels(gm)
+    by_node = select_cpu_kernels(gm) | select_attention_kernels(gm)
     theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
     inductor.config[_PASS_OPTION] = cache_fingerprint(theirs, foreign)
     others = {op.overload: op for template in templates for op in template.ops}

@@ -281,10 +281,11 @@ def launch(
     out = q.new_empty(batch, length, heads, value).transpose(1, 2)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
     mask, strides = _mask(attn_mask, (*lead, heads, length, keys), batch)
+    factor = head**-0.5 if scale is None else scale
     arguments = (
         *(q_int.contiguous(), q_scale.contiguous(), k_int.contiguous(), k_scale.contiguous(), v),
         *(q_int if mask is None else mask, out, q_scale if lse is None else lse),
-        head**-0.5 if scale is None else scale,
+        factor,
         *(heads, heads // k.shape[1], length, keys, *v.stride()[:3], *strides, *out.stride()[:3]),
     )
     fixed: dict[str, Any] = constants(config, head, value, mask, is_causal) | {"HAS_LSE": return_lse}
@@ -292,7 +293,11 @@ def launch(
     (run or (lambda kernel: kernel))(attention_int8_kernel)[grid](
         *arguments, **fixed, num_stages=config.num_stages, num_warps=config.num_warps
     )
-    return out.reshape(*shape[:-1], value), None if lse is None else lse.reshape(shape[:-1])
+    if lse is not None:
+        # Every score of a row was less by <q, mean k>: nothing to the softmax, but parts of K have other means.
+        mean_k = k.to(torch.float32).mean(dim=-2, keepdim=True).repeat_interleave(heads // k.shape[1], dim=1)
+        lse = (lse + (q.to(torch.float32) * mean_k).sum(-1) * factor).reshape(shape[:-1])
+    return out.reshape(*shape[:-1], value), lse
 
 
 def _mask(mask: Tensor | None, full: tuple[int, ...], batch: int) -> tuple[Tensor | None, tuple[int, ...]]:
