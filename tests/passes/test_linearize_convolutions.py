@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -111,6 +111,16 @@ def test_spellings_of_the_permute_cancel(there_and_back):
     last=st.booleans(),
     dtype=st.sampled_from((torch.float32, torch.bfloat16)),
     padding=st.sampled_from((0, "valid", "same")),
+)
+@example(
+    dims=2,
+    size=2,
+    widths=(34, 32),  # as many channels as rows: no batch, so none of them is pooled
+    batch=None,
+    bias=False,
+    last=False,
+    dtype=torch.float32,
+    padding=0,
 )
 def test_the_graph_computes_what_the_convolution_does(dims, size, widths, batch, bias, last, dtype, padding):
     """Values and memory layout, for any rank, size, layout and batch; rows too few for the policy do not count."""

@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from viditq_fx.graph_edit import example
-from viditq_fx.passes.convolution import is_pointwise_conv, row_sizes
+from viditq_fx.passes.convolution import channel_dim, is_pointwise_conv, row_sizes
 from viditq_fx.passes.effects import aliased_chain, op_name, written_inputs
 
 _METADATA_ONLY = frozenset(
@@ -143,7 +143,7 @@ def _is_linear(node: fx.Node) -> bool:
 
 def _is_linear_over(node: fx.Node, rows: object) -> bool:
     """Whether a node is a linear with this many rows."""
-    if not _is_linear(node):
+    if not _is_linear(node) or (is_pointwise_conv(node) and channel_dim(node) == 0):  # one sample, no batch
         return False
     value = example(node)
     return (

@@ -53,10 +53,15 @@ def _linearize(graph: fx.Graph, conv: fx.Node, layout: _Layout) -> fx.Node:
     """Insert the linear before a convolution; it reads tokens [..., K]."""
     x, weight, bias = (*conv.args, None)[:3]
     assert isinstance(x, fx.Node)
+
+    def fake(x: torch.Tensor, w: torch.Tensor, _: object) -> torch.Tensor:
+        # Of symbolic [B, H, W, K] torch 2.11 cannot take F.linear: it asks for the number of elements.
+        return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=example(conv).dtype)
+
     with graph.inserting_before(conv):
         tokens = layout.tokens(x, conv)
         matrix = call(graph, torch.flatten, (weight, 1), conv)
-        return call(graph, torch.nn.functional.linear, (tokens, matrix, bias), conv)
+        return call(graph, torch.nn.functional.linear, (tokens, matrix, bias), conv, fake)
 
 
 class _Layout:
