@@ -247,9 +247,9 @@ def test_strict_refuses_gradients():
 
 
 def test_strict_refuses_a_refusal_and_names_the_site():
-    model = nn.ModuleDict({"conv": nn.Conv2d(64, 64, 1)}).requires_grad_(False)
-    with pytest.raises(BackendCompilerFailed, match="conv: pointwise convolution") as caught:
-        compiled(lambda x: model["conv"](x), options={"strict": True})(torch.randn(2, 64, 8, 8))
+    model = nn.ModuleDict({"conv": nn.Conv2d(64, 64, 1, stride=2)}).requires_grad_(False)
+    with pytest.raises(BackendCompilerFailed, match="conv: pointwise convolution of stride") as caught:
+        compiled(lambda x: model["conv"](x), options={"strict": True})(torch.randn(2, 64, 16, 16))
     assert isinstance(caught.value.inner_exception, StrictError)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from viditq_fx.inspection import ExplainReport, explain
     from viditq_fx.ops.packed_weights import repack
-    from viditq_fx.quant_linear import QuantLinear
+    from viditq_fx.quant_linear import QuantLinear, QuantPointwiseConv
     from viditq_fx.quantize import quantize_
     from viditq_fx.scheme import QuantScheme, available_schemes
 
@@ -25,6 +25,7 @@ _HOMES = {
     "ExplainReport": "viditq_fx.inspection",
     "OptionError": "viditq_fx.errors",
     "QuantLinear": "viditq_fx.quant_linear",
+    "QuantPointwiseConv": "viditq_fx.quant_linear",
     "QuantScheme": "viditq_fx.scheme",
     "ReleasedWeightError": "viditq_fx.errors",
     "SchemeError": "viditq_fx.errors",
@@ -40,6 +41,7 @@ __all__ = [
     "ExplainReport",
     "OptionError",
     "QuantLinear",
+    "QuantPointwiseConv",
     "QuantScheme",
     "ReleasedWeightError",
     "SchemeError",

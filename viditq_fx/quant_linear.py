@@ -1,9 +1,9 @@
-"""A linear layer that holds int8 weights and nothing in full precision but its bias."""
+"""Linear layers, and pointwise convolutions, that hold int8 weights and nothing in full precision but a bias."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ _HOOKS = (
 )
 _LINEARS = {"w8a8": ops.LINEAR_W8A8, "w8a7": ops.LINEAR_W8A7}
 _SAVED = ("weight", "weight_q", "weight_scale")
+
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+"""What QuantPointwiseConv may take the place of."""
+_Layer = TypeVar("_Layer", bound="QuantLinear")
+_IMAGE_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class QuantLinear(nn.Module):
@@ -67,17 +73,29 @@ class QuantLinear(nn.Module):
 
         Raises WeightError when the weight is on `meta` or holds NaN or infinity.
         """
+        return cls._pack(linear, scheme, name, packed)
+
+    @classmethod
+    def _pack(
+        cls: type[_Layer],
+        linear: nn.Linear | Convolution,
+        scheme: QuantScheme,
+        name: str,
+        packed: dict[int, tuple[Tensor, Tensor]] | None,
+        **options: Any,
+    ) -> _Layer:
         weight, memo = linear.weight, packed if packed is not None else {}
+        bias: Any = linear.bias
         # Buffers made under inference_mode could not be loaded into later.
         with torch.inference_mode(False), torch.no_grad():
             if id(weight) not in memo:
                 if weight.device.type == "meta":
                     raise WeightError(f"{name}: the weight is on the meta device; load it first")
-                q, scale = quantize_per_channel(weight.detach(), scheme.weight_bits)
+                q, scale = quantize_per_channel(weight.detach().flatten(1), scheme.weight_bits)
                 if not bool(torch.isfinite(scale).all()):
                     raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
                 memo[id(weight)] = own(q), scale
-            layer = cls(*memo[id(weight)], linear.bias, scheme, weight.dtype)
+            layer = cls(*memo[id(weight)], bias, scheme, weight.dtype, **options)
         for key in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
             layer.__dict__[key] = getattr(linear, key)
         return layer.train(linear.training)
@@ -114,7 +132,13 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [N, K] dequantized to the dtype it had: a new tensor at every access."""
-        return dequantize_per_channel(self.weight_q, self._weight_scale, self.weight_dtype)
+        whole = dequantize_per_channel(self.weight_q, self._weight_scale, self.weight_dtype)
+        return whole.reshape(self._weight_shape)
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Shape of the full-precision weight."""
+        return self.out_features, self.in_features
 
     @property
     def weight_q(self) -> Tensor:
@@ -186,7 +210,7 @@ class QuantLinear(nn.Module):
         if problem is not None:
             return problem
         if "weight" in found:
-            q, scale = quantize_per_channel(found["weight"], self.scheme.weight_bits)
+            q, scale = quantize_per_channel(found["weight"].flatten(1), self.scheme.weight_bits)
         else:
             q, scale = found["weight_q"], found["weight_scale"]
         if not bool(torch.isfinite(scale).all()):
@@ -202,7 +226,7 @@ class QuantLinear(nn.Module):
     def _why_not_load(self, found: dict[str, Tensor], assign: bool) -> str | None:
         n, k = self.out_features, self.in_features
         wanted = {
-            "weight": ((n, k), None),
+            "weight": (self._weight_shape, None),
             "weight_q": ((n, k), torch.int8),
             "weight_scale": ((n,), torch.float32),
         }
@@ -231,5 +255,86 @@ class QuantLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"weight", "weight_q", "weight_scale"}:
-            raise ViditqError(f"QuantLinear.{name} is read-only: load a state dict to change the weight")
+            raise ViditqError(
+                f"{type(self).__name__}.{name} is read-only: load a state dict to change the weight"
+            )
         super().__setattr__(name, value)
+
+
+class QuantPointwiseConv(QuantLinear):
+    """x [B, K, *S] -> [B, N, *S]: a convolution of kernel size 1 as the linear over channels that it is.
+
+    Like QuantLinear, but a full-precision `weight` is [N, K, 1, ...]. The result lies in memory as the
+    convolution's would: channels last where the input does, else row by row.
+    """
+
+    def __init__(
+        self,
+        weight_q: Tensor,
+        weight_scale: Tensor,
+        bias: nn.Parameter | None,
+        scheme: QuantScheme,
+        weight_dtype: torch.dtype,
+        space: int = 2,
+    ) -> None:
+        super().__init__(weight_q, weight_scale, bias, scheme, weight_dtype)
+        # What code reads of a convolution over `space` dimensions.
+        self.out_channels, self.in_channels = self.out_features, self.in_features
+        self.kernel_size = self.stride = self.dilation = (1,) * space
+        self.padding, self.padding_mode, self.groups = (0,) * space, "zeros", 1
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: Convolution,
+        scheme: QuantScheme,
+        name: str = "conv",
+        packed: dict[int, tuple[Tensor, Tensor]] | None = None,
+    ) -> QuantPointwiseConv:
+        """Pack a convolution; `packed` as in `QuantLinear.from_linear`.
+
+        Raises ViditqError for one that is no linear over channels, WeightError as `from_linear`.
+        """
+        reason = why_not_pointwise(conv)
+        if reason is not None:
+            raise ViditqError(f"{name}: {reason}")
+        return cls._pack(conv, scheme, name, packed, space=len(conv.kernel_size))
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features, *self.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, K, *S] (or [K, *S]) of a float dtype -> [B, N, *S], see QuantLinear.forward."""
+        channel = -1 - len(self.kernel_size)
+        y = super().forward(x.movedim(channel, -1).contiguous()).movedim(-1, channel)
+        form = _IMAGE_FORMATS.get(x.dim())
+        if form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous():
+            return y
+        return y.contiguous()
+
+
+def why_not_pointwise(conv: Convolution) -> str | None:
+    """Why a convolution is no linear over channels; None if it is."""
+    if set(conv.kernel_size) != {1} or conv.groups != 1:
+        return f"a convolution of kernel {conv.kernel_size} with {conv.groups} groups: only pointwise ones are linears"
+    if set(conv.stride) != {1} or not (isinstance(conv.padding, str) or set(conv.padding) == {0}):
+        return f"a pointwise convolution of stride {conv.stride} and padding {conv.padding}: no linear over channels"
+    return None
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """Whether a module in full precision is a linear: nn.Linear, or a pointwise convolution."""
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, Convolution) and why_not_pointwise(module) is None
+    )
+
+
+def quantized_layer(
+    module: nn.Module, scheme: QuantScheme, name: str, packed: dict[int, tuple[Tensor, Tensor]]
+) -> QuantLinear:
+    """The int8 layer that takes a linear layer's place; see `QuantLinear.from_linear`."""
+    if isinstance(module, Convolution):
+        return QuantPointwiseConv.from_conv(module, scheme, name, packed)
+    assert isinstance(module, nn.Linear)
+    return QuantLinear.from_linear(module, scheme, name, packed)

@@ -1,4 +1,4 @@
-"""Quantize a model in place: its linears hold int8 weights, their full-precision memory is gone."""
+"""Quantize a model in place: linears and 1x1 convolutions hold int8 weights, their full-precision memory is gone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from viditq_fx.errors import StrictError, ViditqError
 from viditq_fx.options import split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.policy import keeps
-from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.quant_linear import (
+    Convolution,
+    QuantLinear,
+    is_linear_layer,
+    quantized_layer,
+    why_not_pointwise,
+)
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import site_of_module
@@ -30,13 +37,13 @@ def quantize_(
     keep: str | Sequence[str] = (),
     strict: bool = False,
 ) -> CompileReport:
-    """Replace the linears of `model` that the policy quantizes by `QuantLinear`, in place.
+    """Replace what the policy quantizes, in place: linears by `QuantLinear`, 1x1 convolutions by `QuantPointwiseConv`.
 
     `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
     precision. The model then runs eagerly and compiled, moves, copies and saves in int8.
 
-    Returns the report of every site; its `rejects` name each nn.Linear that no graph of the call showed.
+    Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
     Raises SchemeError or OptionError for wrong arguments, ViditqError without an example call,
     StrictError for a refused or unseen linear under `strict=True`; in each case the model is as it was.
     """
@@ -89,8 +96,9 @@ class _Capture:
         for node in annotated.graph.nodes:
             entry = ctx.sites.get(node.name)
             weight = node.args[1] if entry is not None and len(node.args) > 1 else None
-            if entry is not None and isinstance(weight, fx.Node) and weight.name in positions:
-                tensor = example_inputs[positions[weight.name]]
+            parameter = weight_parameter(weight) if isinstance(weight, fx.Node) else None
+            if entry is not None and parameter is not None and parameter.name in positions:
+                tensor = example_inputs[positions[parameter.name]]
                 self._plans.setdefault(id(tensor), []).append((tensor, entry))
         index = len(self._graphs)
         self._graphs.append(gm)
@@ -136,9 +144,9 @@ def _fresh_call(model: nn.Module) -> Callable[..., Any]:
     return FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
 
 
-def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
-    """Module path -> linear to replace; entries of what cannot be replaced get their reason."""
-    chosen: dict[str, nn.Linear] = {}
+def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Module]:
+    """Module path -> layer to replace; entries of what cannot be replaced get their reason."""
+    chosen: dict[str, nn.Module] = {}
     replaceable: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")  # its own: wrappers (LoRA) pass their layer's on
@@ -147,7 +155,6 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
         entries = [entry for _, entry in plans[id(weight)]]
         reason = next((e.reason for e in entries if e.reason is not None), None) or _why_not(module)
         if reason is None:
-            assert isinstance(module, nn.Linear)
             chosen[path] = module
             replaceable.add(id(weight))
         for entry in entries:
@@ -158,7 +165,7 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
         for _, entry in entries:
             if key not in replaceable and entry.planned and entry.reason is None:
                 entry.reason, entry.done = (
-                    "its weight belongs to no nn.Linear: torch.compile packs it instead",
+                    "its weight belongs to no layer that can be replaced: torch.compile packs it instead",
                     None,
                 )
             if entry.done:
@@ -167,7 +174,7 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
 
 
 _UNSEEN = (
-    "no graph of the call shows this nn.Linear (not called, or called where Dynamo or the passes do not look)"
+    "no graph of the call shows this layer (not called, or called where Dynamo or the passes do not look)"
 )
 
 
@@ -175,36 +182,47 @@ def _unseen(model: nn.Module, plans: _Plans, keep: tuple[str, ...]) -> list[str]
     """Paths of the linears that the traced call did not show, and that no pattern keeps."""
     unseen: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) not in plans:
-            depth, width = module.in_features, module.out_features
+        if is_linear_layer(module) and id(module._parameters.get("weight")) not in plans:
+            assert isinstance(module.weight, Tensor)
+            width, depth = module.weight.shape[:2]
             site = SiteReport(fqn=site_of_module(path).fqn, role="", rows="", depth=depth, width=width)
             if not any(keeps(pattern, site) for pattern in keep):
                 unseen.append(site.fqn)
     return unseen
 
 
+_REPLACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def _why_not(module: nn.Module) -> str | None:
-    if type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} has a forward of its own: only nn.Linear is replaced"
+    kind = next((base for base in _REPLACED if isinstance(module, base)), None)
+    own = kind is None or type(module).forward is not kind.forward
+    if own or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):
+        return (
+            f"{type(module).__name__} has a forward of its own: only nn.Linear and convolutions are replaced"
+        )
+    if isinstance(module, Convolution) and (reason := why_not_pointwise(module)) is not None:
+        return reason
     if "forward" in module.__dict__:
         return "its forward is wrapped (an offloading or casting hook): remove the hook first"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized"
+    assert isinstance(module.weight, Tensor)
     if module.weight.device.type == "meta":
         return "its weight is on the meta device: load it first"
     return None
 
 
-def _swap(model: nn.Module, chosen: Mapping[str, nn.Linear], scheme: QuantScheme) -> None:
+def _swap(model: nn.Module, chosen: Mapping[str, nn.Module], scheme: QuantScheme) -> None:
     """Pack everything first, then replace: a failure half-way leaves the model as it was."""
     made: dict[int, QuantLinear] = {}
     packed: dict[int, tuple[Tensor, Tensor]] = {}
-    for path, linear in chosen.items():
-        if id(linear) not in made:
-            made[id(linear)] = QuantLinear.from_linear(linear, scheme, path, packed)
-    for path, linear in chosen.items():
+    for path, layer in chosen.items():
+        if id(layer) not in made:
+            made[id(layer)] = quantized_layer(layer, scheme, path, packed)
+    for path, layer in chosen.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, made[id(linear)])
+        setattr(model.get_submodule(parent), name, made[id(layer)])
 
 
 def _device_of(model: nn.Module) -> str:

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import viditq_fx
 from tests.models.tiny_dits import SIZES, TINY_DITS, TinyDit, cast, sqnr
 from viditq_fx.inspection import ExplainReport
+from viditq_fx.quant_linear import is_linear_layer, quantized_layer
 
 # Reads sequence lengths out of a mask and branches on whether they differ: see the test about it.
 BRANCHES_ON_DATA = "lumina2"
@@ -76,21 +77,19 @@ def quantized_by_hand(model: nn.Module, report: ExplainReport) -> nn.Module:
     for site in report.sites:
         if site.outcome == "quantized":
             parent, _, name = site.fqn.rpartition(".")
-            linear = model.get_submodule(site.fqn)
-            assert isinstance(linear, nn.Linear), site.fqn
-            scheme = viditq_fx.QuantScheme.parse(site.done)
-            setattr(model.get_submodule(parent), name, viditq_fx.QuantLinear.from_linear(linear, scheme))
+            layer, scheme = model.get_submodule(site.fqn), viditq_fx.QuantScheme.parse(site.done)
+            setattr(model.get_submodule(parent), name, quantized_layer(layer, scheme, site.fqn, {}))
     return model
 
 
-def unreported_linears(model: nn.Module, report: ExplainReport) -> list[nn.Linear]:
-    """Linears that no line of the report covers."""
+def unreported_linears(model: nn.Module, report: ExplainReport) -> list[nn.Module]:
+    """Linears, and 1x1 convolutions, that no line of the report covers."""
     covered = {site.fqn for site in report.sites}
     opaque = tuple(site.fqn + "." for site in report.sites if site.width == 0)
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in covered and not name.startswith(opaque or ("\0",))
+        if is_linear_layer(module) and name not in covered and not name.startswith(opaque or ("\0",))
     ]
 
 

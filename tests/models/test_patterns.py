@@ -102,8 +102,9 @@ FOUND = {
     },
     "sana": lambda n: {
         "attention: cross, additive mask": n,
-        "layer_norm+modulate": 3 * n,
+        "layer_norm+modulate": 4 * n,
         "rms_norm": 2 * n,
+        "silu*gate": n,
         "wide": 2 * n,
     },
     "lumina2": lambda n: {

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import viditq_fx
 import viditq_fx.runtime
 from tests.models.tiny_dits import TINY_DITS, sqnr
+from viditq_fx.quant_linear import is_linear_layer
 
 MIN_SQNR = 30.0
 # Classes that name their blocks for compile_repeated_blocks, and how many graphs those make.
@@ -102,10 +103,9 @@ def test_blocks_compiled_one_by_one(name):
         f"{path}.{name}"
         for path, block in compiled.items()
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        if is_linear_layer(module)
     }
     sites = {site.fqn for site in report.sites}
-    convolutions = {site.fqn for site in report.sites if (site.reason or "").startswith("pointwise")}
-    assert sites - convolutions == linears
+    assert sites == linears
     assert all(torch.is_tensor(model.get_submodule(fqn).weight) for fqn in sites)
     assert not [site.fqn for site in report.sites if site.role in {"stem", "head"}]

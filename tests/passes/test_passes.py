@@ -155,14 +155,6 @@ def test_what_cannot_be_packed_is_refused_with_a_reason(call, args, reason):
     assert reason in (site.reason or "")
 
 
-def test_pointwise_convolution_is_seen_and_refused():
-    gm, ctx = capture(nn.Conv2d(64, 64, 1).requires_grad_(False), torch.randn(2, 64, 8, 8)), context()
-    run((Normalize(), AnnotateSites()), gm, ctx)
-    (site,) = ctx.report.sites
-    assert (site.depth, site.width, site.rows) == (64, 64, "128")
-    assert "pointwise convolution" in (site.reason or "")
-
-
 def test_qdq_nodes_surround_the_operands(one_linear):
     gm, ctx = one_linear
     run((Normalize(), AnnotateSites(), InsertQdq()), gm, ctx)

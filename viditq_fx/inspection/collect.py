@@ -20,7 +20,7 @@ from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, t
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
 from viditq_fx.options import split_options
 from viditq_fx.passes.work import ATTENTION
-from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.quant_linear import QuantLinear, is_linear_layer
 from viditq_fx.report import Declined, PassTrace, SiteReport
 from viditq_fx.runtime import Execution, executions
 
@@ -292,7 +292,7 @@ def _unseen(module: nn.Module, report: ExplainReport) -> list[str]:
     covered = {site.fqn for site in report.sites}
     opaque = tuple(site.fqn + "." if site.fqn else "" for site in report.sites if site.width == 0)
     names = ((site_name(name), layer) for name, layer in module.named_modules())
-    linears = (name for name, layer in names if isinstance(layer, nn.Linear | QuantLinear))
+    linears = (name for name, layer in names if isinstance(layer, QuantLinear) or is_linear_layer(layer))
     return [name for name in linears if name not in covered and not (opaque and name.startswith(opaque))]
 
 

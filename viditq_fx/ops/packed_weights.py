@@ -57,6 +57,8 @@ _ENTRIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def packed_weight(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
     """(int8 [N, K], fp32 scale [N]) of a full-precision weight [N, K], packed at the first call.
 
+    A weight of more dimensions, as a convolution's [N, K, 1, 1], counts as [N, all others].
+
     Raises WeightError when the weight is on `meta` or holds NaN or infinity; `name` says which.
     """
     with LOCK:
@@ -138,7 +140,7 @@ def _quantized(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
             stacklevel=2,
         )
     with torch.inference_mode(False), torch.no_grad():
-        q_NK, scale_N = quantize_per_channel(weight.detach(), bits)
+        q_NK, scale_N = quantize_per_channel(weight.detach().flatten(1), bits)
         if not bool(torch.isfinite(scale_N).all()):
             raise WeightError(
                 f"{name}: the weight holds NaN or infinity, so it has no scale. If it was copied from a model "

@@ -29,6 +29,8 @@ from viditq_fx.errors import ReleasedWeightError
 from viditq_fx.ops.packed_weights import is_released, mark_released, name_of
 from viditq_fx.ops.tensor_state import LOCK
 
+_PACKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What reads a packed weight and nothing else, and is refused eagerly once the weight is gone."""
 _TILE_BYTES = 16 << 20
 _MAP_FIXED = 0x10
 
@@ -55,7 +57,7 @@ def why_not_release(weight: Tensor, owners: Iterable[nn.Module]) -> str | None:
         return "it was made under torch.inference_mode(), so loading it again could not be noticed"
     if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
         return "its memory is shared with other tensors (a view of a larger storage)"
-    readers = [type(m).__name__ for m in owners if not isinstance(m, nn.Linear)]
+    readers = [type(m).__name__ for m in owners if not isinstance(m, _PACKABLE)]
     if readers:
         return f"tied: also read by {', '.join(sorted(set(readers)))}"
     return None
@@ -98,7 +100,7 @@ def refuse_released(module: nn.Module, *_: object) -> None:
 
 
 def _was_copied_from_released(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
+    if weight.device.type != "cpu" or weight.dim() < 2 or weight.numel() == 0:
         return False
     return bool(torch.isnan(weight.detach()[:1, :1]).all())
 

@@ -11,11 +11,12 @@ from torch import fx
 
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.dataflow import DataFlow, is_parameter, source_name
+from viditq_fx.passes.convolution import is_pointwise_conv, row_sizes, why_no_linear
+from viditq_fx.passes.dataflow import DataFlow, source_name, weight_parameter
 from viditq_fx.passes.effects import op_name, write_roots
 from viditq_fx.passes.opaque import why_opaque
 from viditq_fx.passes.policy import keeps, reason_to_keep
-from viditq_fx.passes.roles import find_roles, is_pointwise_conv, linear_input
+from viditq_fx.passes.roles import find_roles, linear_input
 from viditq_fx.report import SiteReport
 from viditq_fx.site import Site, fqn_of_source
 
@@ -81,27 +82,17 @@ def hint(size: Any) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-def _rows(tensor: torch.Tensor) -> tuple[str, int | None]:
-    sizes = tensor.shape[:-1]
-    hints = [hint(size) for size in sizes]
-    known = None if any(h is None for h in hints) else math.prod(h for h in hints if h is not None)
-    return str(math.prod(sizes)), known
-
-
 def _describe(node: fx.Node, role: str) -> SiteReport:
     weight = _weight_node(node)
     value = example(weight) if weight is not None else None
     shape = tuple(value.shape) if isinstance(value, torch.Tensor) and value.dim() >= 2 else (0, 0)
-    rows, _ = _rows(example(linear_input(node)))
-    if is_pointwise_conv(node):
-        rows = str(example(node).numel() // example(node).shape[1])
     return SiteReport(
         fqn=fqn_of_node(node),
         role=role,
-        rows=rows,
+        rows=str(math.prod(row_sizes(node))),
         depth=int(shape[1]),
         width=int(shape[0]),
-        weight=source_name(weight) if weight is not None else None,
+        weight=source_name(weight_parameter(weight) or weight) if weight is not None else None,
         bytes_full=value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0,
     )
 
@@ -119,8 +110,9 @@ def _plan(
         entry.planned = entry.done = op_name(node).removeprefix("linear_")
         entry.bytes_packed, entry.bytes_full = entry.bytes_full + 4 * entry.width, 0
         return Match(site=site, detail="already an integer linear")
-    _, rows = _rows(example(linear_input(node)))
-    reason = reason_to_keep(entry, None if is_pointwise_conv(node) else rows, ctx.keep)
+    hints = [hint(size) for size in row_sizes(node)]
+    rows = None if None in hints else math.prod(h for h in hints if h is not None)
+    reason = reason_to_keep(entry, rows, ctx.keep)
     if reason is None:
         entry.planned = str(ctx.scheme)
         reason = _why_impossible(node, written)
@@ -131,12 +123,15 @@ def _plan(
 
 
 def _why_impossible(node: fx.Node, written: set[fx.Node]) -> str | None:
-    if is_pointwise_conv(node):
-        return "pointwise convolution: only linears over the last dimension are quantized"
+    convolution = is_pointwise_conv(node)
+    reason = why_no_linear(node) if convolution else None
+    if reason is not None:
+        return reason
     weight = _weight_node(node)
-    if weight is None or not is_parameter(weight):
+    parameter = weight_parameter(weight) if weight is not None else None
+    if weight is None or parameter is None:
         return "its weight is computed in the graph, not a parameter: it cannot be packed once"
-    if weight in written:
+    if parameter in written:
         return "its weight is written inside the graph: what is packed beforehand would be out of date"
     value, source = example(weight), example(linear_input(node))
     if value.dtype not in _FLOATS:
@@ -145,7 +140,7 @@ def _why_impossible(node: fx.Node, written: set[fx.Node]) -> str | None:
         return f"input dtype {source.dtype}: only fp32, bf16 and fp16 inputs are quantized"
     if value.device.type == "meta" or value.device != source.device:
         return f"weight on {value.device} but input on {source.device}"
-    if value.dim() != 2:
+    if value.dim() != 2 and not convolution:
         return f"weight has {value.dim()} dimensions: a linear's weight is [N, K]"
     return None
 

@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.convolution import is_pointwise_conv
 from viditq_fx.passes.dataflow import DataFlow, Taint
 from viditq_fx.passes.effects import op_name
 from viditq_fx.passes.pattern import arguments
-from viditq_fx.passes.roles import is_linear, is_pointwise_conv, linear_input
+from viditq_fx.passes.roles import is_linear, linear_input
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _NORMS = {"layer_norm": "layer_norm", "rms_norm": "rms_norm", "rsqrt": "rms_norm"}

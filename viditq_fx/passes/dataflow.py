@@ -18,12 +18,16 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.convolution import channel_dim, is_pointwise_conv, row_sizes
 from viditq_fx.passes.effects import aliased_chain, op_name, written_inputs
 
 _METADATA_ONLY = frozenset(
     {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"}
     | {"new_empty", "new_full", "new_tensor", "size", "dim", "stride", "numel"}
 )
+_ORDER_KEEPING = frozenset({"view", "reshape", "flatten", "squeeze"})
+_VALUES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
+"""Attributes of a tensor that hold its values; the others tell its shape, dtype or device."""
 _FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
 
 
@@ -53,6 +57,21 @@ def is_parameter(node: fx.Node) -> bool:
     return isinstance(example(node), torch.nn.Parameter)
 
 
+def weight_parameter(node: fx.Node) -> fx.Node | None:
+    """The parameter [N, ...] that a linear's weight [N, K] is, flattened or not; None for a computed one."""
+    root = node
+    while not is_parameter(root):
+        source = root.args[0] if root.args else None
+        if op_name(root) not in _ORDER_KEEPING or not isinstance(source, fx.Node):
+            return None
+        if len(root.all_input_nodes) > 1:  # a size that the graph computes
+            return None
+        root = source
+    whole, value = example(root), example(node)
+    same_rows = root is node or (whole.dtype == value.dtype and whole.shape[:1] == value.shape[:1])
+    return root if same_rows else None
+
+
 def source_name(node: fx.Node) -> str:
     """Dynamo's name of where a placeholder comes from, or "" when it has none."""
     source = getattr(node, "_dynamo_source", None)
@@ -76,7 +95,9 @@ class DataFlow:
         """Nodes whose values `node`'s value depends on, writes into it included."""
         name = op_name(node)
         direct: Iterable[fx.Node] = node.all_input_nodes
-        if name in _METADATA_ONLY or (name == "getattr" and node.op == "call_function"):
+        if name in _METADATA_ONLY or (
+            name == "getattr" and node.op == "call_function" and node.args[1] not in _VALUES
+        ):
             direct = ()
         elif name in _FIRST_ONLY and node.args and isinstance(node.args[0], fx.Node):
             direct = (node.args[0],)
@@ -115,15 +136,19 @@ def same_size(a: Any, b: Any) -> bool:
 
 
 def _is_linear(node: fx.Node) -> bool:
-    return node.target is torch.nn.functional.linear or op_name(node).startswith("linear_w")
+    if node.target is torch.nn.functional.linear or op_name(node).startswith("linear_w"):
+        return True
+    return is_pointwise_conv(node)
 
 
 def _is_linear_over(node: fx.Node, rows: object) -> bool:
     """Whether a node is a linear with this many rows."""
-    if not _is_linear(node):
+    if not _is_linear(node) or (is_pointwise_conv(node) and channel_dim(node) == 0):  # one sample, no batch
         return False
     value = example(node)
-    return isinstance(value, torch.Tensor) and value.dim() >= 2 and same_size(_rows(value), rows)
+    return (
+        isinstance(value, torch.Tensor) and value.dim() >= 2 and same_size(math.prod(row_sizes(node)), rows)
+    )
 
 
 def _has_tokens(nodes: tuple[fx.Node, ...]) -> bool:

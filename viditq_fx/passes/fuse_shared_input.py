@@ -22,7 +22,7 @@ from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.ops.quantize import fake_per_channel
 from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.dataflow import is_parameter
+from viditq_fx.passes.dataflow import is_parameter, weight_parameter
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 
 _LINEARS = (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload)
@@ -83,7 +83,7 @@ def _parameter_of(node: fx.Node) -> fx.Node | None:
     if pair is None or (isinstance(bias, fx.Node) and not is_parameter(bias)):
         return None
     weight = pair.args[0]
-    return weight if isinstance(weight, fx.Node) and is_parameter(weight) else None
+    return weight_parameter(weight) if isinstance(weight, fx.Node) else None
 
 
 def _pair_of(node: fx.Node) -> fx.Node | None:
@@ -98,9 +98,12 @@ def _join(graph: fx.Graph, members: list[fx.Node], ctx: PassContext) -> list[Mat
     first = members[0]
     x, x_scale, _, _, bias, dtype = first.args
     scheme = first.meta[SCHEME_KEY]
-    weights = [weight for weight in map(_parameter_of, members) if weight is not None]
+    parameters = [parameter for parameter in map(_parameter_of, members) if parameter is not None]
     biases = [member.args[4] for member in members]
     with graph.inserting_before(first):
+        weights = [
+            w if example(w).dim() == 2 else call(graph, torch.flatten, (w, 1), first) for w in parameters
+        ]
         joined = call(graph, torch.cat, (weights, 0), first)
         pair = call(
             graph, ops.QUANTIZE_PER_CHANNEL.overload, (joined, scheme.weight_bits), first, fake_per_channel
@@ -137,7 +140,11 @@ def _take_part(
     entry.bytes_packed = entry.width * entry.depth + 4 * entry.width
     ctx.sites[part.name], ctx.computed_by[part.name] = entry, wide
     graph.erase_node(member)
+    matrix = pair.args[0]
+    assert isinstance(matrix, fx.Node)
     for node in (*list(pair.users), pair):
         if not node.users:
             graph.erase_node(node)
+    if not matrix.users and matrix.op != "placeholder":  # a convolution's weight, flattened
+        graph.erase_node(matrix)
     return Match(site=part.meta[SITE_KEY], detail=f"part {index} of {wide[0]}")

@@ -1,7 +1,7 @@
 """Bring Dynamo's graph to the form that later passes match.
 
 dropout(x, p, training=False) -> x        F.dropout(x, 0) -> x
-linear(input=x, weight=w, bias=b) -> linear(x, w, b)
+linear(input=x, weight=w, bias=b) -> linear(x, w, b), and conv1d, conv2d and conv3d alike
 dead pure nodes -> nothing
 """
 
@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
+from viditq_fx.passes.convolution import CONVOLUTIONS
 from viditq_fx.passes.effects import is_removable, op_name
 
+_OPERANDS = ("input", "weight", "bias")
 _DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
 
 
@@ -31,17 +33,20 @@ class Normalize(Pass):
             if _is_idle_dropout(node):
                 node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)
-            elif node.op == "call_function" and node.target is torch.nn.functional.linear and node.kwargs:
+            elif node.op == "call_function" and (
+                node.target is torch.nn.functional.linear or op_name(node) in CONVOLUTIONS
+            ):
                 _positional(node)
         gm.graph.eliminate_dead_code(is_impure_node=lambda node: not is_removable(node))
         return ()
 
 
 def _positional(node: fx.Node) -> None:
-    operands = [*node.args]
-    for key in ("input", "weight", "bias")[len(operands) :]:
-        operands.append(node.kwargs.get(key))
-    node.args, node.kwargs = tuple(operands), {}
+    named = [key for key in _OPERANDS[len(node.args) :] if key in node.kwargs]
+    if named:
+        missing = [node.kwargs.get(key) for key in _OPERANDS[len(node.args) :]]
+        rest = {key: value for key, value in node.kwargs.items() if key not in _OPERANDS}
+        node.args, node.kwargs = (*node.args, *missing), rest
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:

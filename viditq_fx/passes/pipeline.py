@@ -20,6 +20,7 @@ from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
 from viditq_fx.passes.fuse_shared_input import FuseSharedInput
 from viditq_fx.passes.insert_qdq import InsertQdq
+from viditq_fx.passes.linearize_convolutions import LinearizeConvolutions
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.place_weights import PlaceWeights
 from viditq_fx.passes.quantize_attention import AnnotateAttention, QuantizeAttention
@@ -133,6 +134,7 @@ def default_passes() -> tuple[Pass, ...]:
         Normalize(),
         AnnotateSites(),
         AnnotateAttention(),
+        LinearizeConvolutions(),
         InsertQdq(),
         FuseLinear(),
         FuseNormQuantize(),

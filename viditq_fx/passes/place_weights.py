@@ -20,6 +20,7 @@ from viditq_fx import ops
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import BiasSlot, Match, Pass, PassContext, Reject, WeightSlot
+from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import op_name
 
 SLOT_KEY = "viditq_slot"
@@ -52,8 +53,7 @@ class PlaceWeights(Pass):
                 gm.graph.erase_node(user)
             results.append(Match(site=node.meta[SITE_KEY], detail=quantized.name))
             gm.graph.erase_node(node)
-            if not weight.users and weight.op != "placeholder":
-                gm.graph.erase_node(weight)
+            _erase_idle(gm.graph, weight)
         _place_biases(gm.graph, ctx)
         placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
         for (names, bits), (quantized, scale) in slots.items():
@@ -70,18 +70,28 @@ class PlaceWeights(Pass):
 
 
 def _sources(weight: fx.Node) -> list[fx.Node]:
-    """The parameters of a weight: itself, or what `fuse_shared_input` joined."""
-    if WIDE_KEY not in weight.meta:
-        return [weight]
-    parts = weight.args[0]
+    """The parameters of a weight: its own, or those of what `fuse_shared_input` joined."""
+    parts = weight.args[0] if WIDE_KEY in weight.meta else [weight]
     assert isinstance(parts, list | tuple)
-    return [part for part in parts if isinstance(part, fx.Node)]
+    sources = [weight_parameter(part) for part in parts if isinstance(part, fx.Node)]
+    return [source for source in sources if source is not None]
+
+
+def _erase_idle(graph: fx.Graph, weight: fx.Node) -> None:
+    """Erase a joined or flattened weight that nothing reads any more, down to its parameters."""
+    if not weight.users and weight.op != "placeholder":
+        sources = weight.all_input_nodes
+        graph.erase_node(weight)
+        for source in sources:
+            _erase_idle(graph, source)
 
 
 def _place_biases(graph: fx.Graph, ctx: PassContext) -> None:
     """Make each joined bias an input too: joining it at every call would be a kernel of its own."""
     for node in [n for n in graph.nodes if n.target is torch.cat and WIDE_KEY in n.meta]:
-        sources = _sources(node)
+        biases = node.args[0]
+        assert isinstance(biases, list | tuple)
+        sources = [bias for bias in biases if isinstance(bias, fx.Node)]
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         (joined,) = _placeholders(
             graph, last, [f"{sources[0].name.rstrip('_')}_joined"], [example(node)], node

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.convolution import is_pointwise_conv, out_channels
 from viditq_fx.passes.dataflow import DataFlow, same_size
 from viditq_fx.passes.effects import op_name
 
@@ -57,19 +58,6 @@ def is_linear(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return node.target is torch.nn.functional.linear or op_name(node) in {"linear_w8a8", "linear_w8a7"}
-
-
-def is_pointwise_conv(node: fx.Node) -> bool:
-    """A convolution of kernel size 1 without groups: a linear over channels in disguise."""
-    if node.op != "call_function" or op_name(node) not in {"conv1d", "conv2d", "conv3d"}:
-        return False
-    operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
-    if len(operands) < 2:
-        return False
-    source, weight = example(operands[0]), example(operands[1])
-    if not isinstance(weight, torch.Tensor) or not isinstance(source, torch.Tensor):
-        return False
-    return all(size == 1 for size in weight.shape[2:]) and weight.shape[1] == source.shape[1]
 
 
 def linear_input(node: fx.Node) -> fx.Node:
@@ -222,7 +210,7 @@ class _RoleFinder:
     def _adapts(self, down: fx.Node, base: fx.Node) -> bool:
         """Whether two linears read the same input, and the first makes fewer channels of it."""
         same = self._unscaled(linear_input(down)) is self._unscaled(linear_input(base))
-        return same and example(down).shape[-1] < example(base).shape[-1]
+        return same and out_channels(down) < out_channels(base)
 
     def _label_operands(self, attention: fx.Node) -> None:
         if op_name(attention) == "multi_head_attention_forward":

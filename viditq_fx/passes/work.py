@@ -14,9 +14,10 @@ from torch import fx
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.annotate_sites import fqn_of_node, hint
 from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.convolution import row_sizes
 from viditq_fx.passes.dataflow import DataFlow
 from viditq_fx.passes.effects import op_name
-from viditq_fx.passes.roles import ATTENTION_NAMES, MATMULS, is_pointwise_conv
+from viditq_fx.passes.roles import ATTENTION_NAMES, MATMULS
 from viditq_fx.report import SiteReport
 
 ATTENTION = "attention"
@@ -71,9 +72,7 @@ def _linear_shape(node: fx.Node, entry: SiteReport) -> _Shape | None:
     value = example(node)
     if not isinstance(value, torch.Tensor) or not entry.width:
         return None
-    channel = 1 if is_pointwise_conv(node) else value.dim() - 1
-    rows = tuple(size for axis, size in enumerate(value.shape) if axis != channel)
-    return rows, entry.depth, entry.width, 1
+    return row_sizes(node), entry.depth, entry.width, 1
 
 
 def _attention_shape(node: fx.Node) -> _Shape | None:
