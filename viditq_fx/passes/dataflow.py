@@ -24,7 +24,8 @@ _METADATA_ONLY = frozenset(
     {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"}
     | {"new_empty", "new_full", "new_tensor", "size", "dim", "stride", "numel"}
 )
-_FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
+FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
+"""Ops that take values from their first argument, and at most a shape or type from the second."""
 
 
 class Taint(Flag):
@@ -78,7 +79,7 @@ class DataFlow:
         direct: Iterable[fx.Node] = node.all_input_nodes
         if name in _METADATA_ONLY or (name == "getattr" and node.op == "call_function"):
             direct = ()
-        elif name in _FIRST_ONLY and node.args and isinstance(node.args[0], fx.Node):
+        elif name in FIRST_ONLY and node.args and isinstance(node.args[0], fx.Node):
             direct = (node.args[0],)
         return (*direct, *self._written.get(node, ()))
 
