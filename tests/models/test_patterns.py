@@ -134,7 +134,7 @@ FOUND = {
         "wide": 2 * n,
     },
 }
-HALF = ("flux_dev", "wan", "ltx", "zimage", "qwenimage", "sana")
+HALF = ("cogvideox", "flux_dev", "wan", "ltx", "zimage", "qwenimage", "sana")
 """Casts stand between the steps of half-precision models: one of each family of spellings."""
 
 

@@ -63,8 +63,8 @@ class HoistQuantize(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
         writes = Writes(gm.graph)
-        climbs = [self._climb(root) for root in list(QuantizeRewrite.quantize_nodes(gm))]
-        climbs = [climb for climb in climbs if climb.moves and climb.made]
+        roots = [r for r in QuantizeRewrite.quantize_nodes(gm) if move_of(r.args[0]) is not None]  # type: ignore[arg-type]
+        climbs = [climb for climb in map(self._climb, roots) if climb.moves and climb.made]
         while climbs:
             # Each is judged as if all others move; one that stays is a reader of what the others share with it.
             moved = _idle_after(climbs)
