@@ -17,6 +17,7 @@ from viditq_fx.errors import OptionError, SchemeError, StrictError, WeightError
 from viditq_fx.lowering import select_cpu
 from viditq_fx.ops.native import native_unavailable
 from viditq_fx.ops.onednn import onednn_is_exact
+from viditq_fx.passes.hoist_quantize import HoistQuantize
 from viditq_fx.runtime import executions
 
 ERROR = 0.02
@@ -335,6 +336,38 @@ def test_quantize_fuses_with_its_producer():
         "norm+modulate+quantize | epilogue+GELU+quantize | epilogue+residual"
     )
     assert "ops.viditq.quantize_per_token" not in body
+
+
+@pytest.mark.slow
+def test_streams_joined_before_a_linear_cost_no_kernel_more(monkeypatch):
+    """Both streams are quantized before the cat: as many kernels as behind it, and the same bits."""
+    from torch._inductor.utils import run_and_get_code
+
+    class Joint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(64, 192)
+
+        def forward(self, x, text, scale):
+            streams = (F.layer_norm(t, (64,)) * (1 + scale) for t in (text, x))
+            return self.qkv(torch.cat([*streams], 1))
+
+    class JointAbove(Joint):
+        def forward(self, x, text, scale):  # code of its own, so that Dynamo compiles it anew
+            return super().forward(x, text, scale)
+
+    args = (torch.randn(2, 40, 64), torch.randn(2, 24, 64), torch.randn(2, 1, 64))
+    below, above = Joint().requires_grad_(False), JointAbove().requires_grad_(False)
+    above.load_state_dict(below.state_dict())
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want_above, (code_above, *_) = run_and_get_code(compiled(above), *args)
+        patch.setattr(HoistQuantize, "run", lambda self, gm, ctx: ())
+        want_below, (code_below, *_) = run_and_get_code(compiled(below), *args)
+    kernels = [code[code.index("def call") :].count("cpp_fused_") for code in (code_above, code_below)]
+    assert kernels[0] <= kernels[1]
+    assert "aten.cat" not in code_above[code_above.index("def call") :]
+    assert relative_error(want_above, want_below) < 1e-6
 
 
 def test_the_cache_key_holds_our_sources(monkeypatch):

@@ -30,6 +30,8 @@ class SiteReport:
     """Why the site is not quantized, or why the first choice of kernel was not taken."""
     prologue: str | None = None
     """What is computed in one op with the quantization of its input, e.g. "layer_norm+modulate"."""
+    unfused: str | None = None
+    """Why a norm or an activation in front of it is not."""
     joined: str | None = None
     """Path of the first of the sites that one wide GEMM computes together with this one."""
     weight: str | None = None

@@ -123,6 +123,46 @@ def test_half_block_assembles_without_spills(block):
         assert set(result.sass_mma) == ({"IGMMA"} if "_tem_" in name else set()), name
 
 
+def two_streams(above):
+    """make() for adaLN of two streams, joined before one linear; quantized above the cat or below."""
+
+    def make():
+        def empty(*shape, dtype=BF16):
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        def function(x, text, scale, shift, w, w_scale):
+            op = torch.ops.viditq
+            if above:
+                made = (
+                    op.norm_modulate_quantize(t, "layer_norm", None, None, 1e-5, scale, 1.0, shift, 8)
+                    for t in (text, x)
+                )
+                integers, scales = zip(*made, strict=True)
+                pair = op.cat_int8(integers, 1), torch.cat(scales, 1)
+            else:
+                made = [F.layer_norm(t, (1920,)) * (1 + scale) + shift for t in (text, x)]
+                pair = op.quantize_per_token(torch.cat(made, 1), 8)
+            return op.linear_w8a8(*pair, w, w_scale, None, BF16)
+
+        modulation = empty(2, 1, 1920), empty(2, 1, 1920)
+        weight = empty(1920, 1920, dtype=torch.int8), empty(1920, dtype=torch.float32)
+        return function, empty(2, 4096, 1920), empty(2, 226, 1920), *modulation, *weight
+
+    return make
+
+
+def test_streams_quantized_above_a_cat_leave_no_full_precision_copy():
+    codes = {above: generate(two_streams(above))[0] for above in (True, False)}
+    kernels = {above: len(kernel_sources(code)) for above, code in codes.items()}
+    assert kernels[True] <= kernels[False]
+    outside = {
+        above: "".join(source for name, source in kernel_sources(code).items() if "_tem_" not in name)
+        for above, code in codes.items()
+    }
+    assert not re.search(r"'out_ptr\d': '\*bf16'", outside[True])
+    assert re.search(r"'out_ptr\d': '\*bf16'", outside[False])
+
+
 def test_symbolic_tokens():
     code, log = generate(feed_forward, dynamic=True)
     templates = [source for name, source in kernel_sources(code).items() if "_tem_" in name]

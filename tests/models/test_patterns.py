@@ -53,7 +53,12 @@ FOUND = {
         "layer_norm+modulate": 8 * n - 1,
         "wide": 2 * n,
     },
-    "cogvideox": lambda n: {"attention: self, qk layer_norm, RoPE": n, "gelu_tanh": n, "wide": n},
+    "cogvideox": lambda n: {
+        "attention: self, qk layer_norm, RoPE": n,
+        "gelu_tanh": n,
+        "layer_norm+modulate": 4 * n,
+        "wide": n,
+    },
     "mochi": lambda n: {
         "attention: cross, bool mask": 1,
         "attention: joint, qk rms_norm, RoPE": 2 * n,
@@ -67,7 +72,7 @@ FOUND = {
         "attention: self, qk rms_norm, RoPE, bool mask": n,
         "gelu_tanh": 2 * n,
         "layer_norm": 4,
-        "layer_norm+modulate": 8 * n,
+        "layer_norm+modulate": 12 * n,
         "silu": 1,
         "wide": 3 * n + 1,
     },
@@ -130,7 +135,7 @@ FOUND = {
         "wide": 2 * n,
     },
 }
-HALF = ("flux_dev", "wan", "ltx", "zimage", "qwenimage", "sana")
+HALF = ("cogvideox", "flux_dev", "wan", "ltx", "zimage", "qwenimage", "sana")
 """Casts stand between the steps of half-precision models: one of each family of spellings."""
 
 

@@ -6,10 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.small_models import capture, context, count, relative_error
+from viditq_fx.passes.base import Reject
 from viditq_fx.passes.effects import write_roots
+from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
+from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.pipeline import PassPipeline, default_passes
 from viditq_fx.runtime import executions
+from viditq_fx.testing import prepared
 
 LIBRARY = torch.library.Library("viditq_tests", "FRAGMENT")
 LIBRARY.define("increment(Tensor(a!) x) -> ()")
@@ -224,3 +228,43 @@ def test_a_write_into_newer_memory_keeps_the_quantize_shared():
     PassPipeline(passes=default_passes()).run(gm, ctx)
     assert count(gm, "norm_modulate_quantize") == 1
     assert {site.joined for site in ctx.report.sites} == {"q"}
+
+
+def norm_input_written(x, weight):
+    y = x + 1
+    h = F.layer_norm(y, (64,))
+    y += 1000 * weight[0]
+    return h, y
+
+
+def shift_written(x, weight):
+    shift = weight[0] + 1
+    h = F.layer_norm(x, (64,)) + shift
+    shift.mul_(100)
+    return h, shift
+
+
+def gate_written(x, weight):
+    gate = x * 2
+    h = F.silu(x) * gate
+    gate[:, 0] = 50.0
+    return h, gate
+
+
+@pytest.mark.parametrize("program", [norm_input_written, shift_written, gate_written])
+def test_an_operand_written_after_the_norm_is_not_read_late(program):
+    """The fused op stands where the quantize stood: by then the operands of the norm may hold other values."""
+
+    def late(x, weight):
+        h, written = program(x, weight)
+        return F.linear(h, weight), written
+
+    gen = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 20, 64, generator=gen), torch.randn(64, 64, generator=gen)
+    graph = prepared(late, *inputs, upto="fuse_norm_quantize")
+    before = graph.run()
+    for step in (FuseNormQuantize(), FuseActivationQuantize()):
+        for result in step.run(graph.gm, graph.ctx):
+            assert isinstance(result, Reject)
+            assert "may be written in place by" in result.reason
+    assert all(torch.equal(a, b) for a, b in zip(graph.run(), before, strict=True))

@@ -85,6 +85,8 @@ def why(site: ExplainedSite) -> str:
         words.append(f"form: {site.prologue}")
     elif site.prologue is not None:
         words.append(f"input quantized together with {site.prologue}")
+    if site.unfused is not None:
+        words.append(site.unfused)
     return "; ".join(words)
 
 

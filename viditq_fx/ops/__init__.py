@@ -3,6 +3,7 @@
 from viditq_fx.ops.activation import ACTIVATION_QUANTIZE
 from viditq_fx.ops.attention import ATTENTION_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
+from viditq_fx.ops.cat import CAT_INT8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.native import MATMUL_S8S8
 from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
@@ -18,6 +19,7 @@ from viditq_fx.ops.quantize import (
 __all__ = [
     "ACTIVATION_QUANTIZE",
     "ATTENTION_INT8",
+    "CAT_INT8",
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_TOKEN",
     "LINEAR_EPILOGUE",

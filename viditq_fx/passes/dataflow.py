@@ -28,7 +28,8 @@ _METADATA_ONLY = frozenset(
 _ORDER_KEEPING = frozenset({"view", "reshape", "flatten", "squeeze"})
 _VALUES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 """Attributes of a tensor that hold its values; the others tell its shape, dtype or device."""
-_FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
+FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
+"""Ops that take values from their first argument, and at most a shape or type from the second."""
 
 
 class Taint(Flag):
@@ -99,7 +100,7 @@ class DataFlow:
             name == "getattr" and node.op == "call_function" and node.args[1] not in _VALUES
         ):
             direct = ()
-        elif name in _FIRST_ONLY and node.args and isinstance(node.args[0], fx.Node):
+        elif name in FIRST_ONLY and node.args and isinstance(node.args[0], fx.Node):
             direct = (node.args[0],)
         return (*direct, *self._written.get(node, ()))
 

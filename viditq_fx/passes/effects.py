@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -119,6 +119,29 @@ def may_write(node: fx.Node, value: fx.Node, order: dict[fx.Node, int]) -> bool:
         if not (fresh and order[root] > order[value]):
             return True
     return False
+
+
+class Writes:
+    """The writes of one graph, and what they may change between two of its nodes."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._nodes = [node for node in graph.nodes if is_mutation(node)]
+        self._order: dict[fx.Node, int] = {}
+        self.roots = write_roots(graph)
+
+    def between(self, start: fx.Node, end: fx.Node, values: Iterable[fx.Node]) -> fx.Node | None:
+        """A node from `start` to `end` that may write one of the values; None if nothing does."""
+        if not self._nodes:
+            return None
+        values = tuple(values)
+        if any(node not in self._order for node in (start, end, *values)):  # a pass has inserted some
+            self._order = {node: index for index, node in enumerate(self._graph.nodes)}
+        order = self._order
+        for node in self._nodes:
+            if order[start] < order[node] < order[end] and any(may_write(node, v, order) for v in values):
+                return node
+        return None
 
 
 def aliased_chain(node: fx.Node) -> Iterator[fx.Node]:

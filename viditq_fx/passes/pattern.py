@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from viditq_fx.graph_edit import example
 from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import same_size
-from viditq_fx.passes.effects import is_mutation, op_name, write_roots
+from viditq_fx.passes.effects import Writes, is_mutation, op_name
 from viditq_fx.site import Site
 
 # ------------------------------------------------------------------------------------- expressions
@@ -245,10 +245,11 @@ class Found:
     interior: list[fx.Node] = field(default_factory=list)
     """Nodes strictly inside: between the variables and the root."""
 
-    def read_outside(self) -> fx.Node | None:
-        """A node that reads a value from inside the match; None if the match is closed."""
+    def read_outside(self, moved: Container[fx.Node] = ()) -> fx.Node | None:
+        """A node that reads a value from inside the match, but for `moved`; None if the match is closed."""
         inside = {self.root, *self.interior}
-        return next((user for node in self.interior for user in node.users if user not in inside), None)
+        readers = (user for node in self.interior for user in node.users)
+        return next((user for user in readers if user not in inside and user not in moved), None)
 
 
 def find(pattern: Pattern, root: fx.Node) -> Found | None:
@@ -363,39 +364,58 @@ class Rewrite(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
-        written = write_roots(gm.graph)
+        writes = Writes(gm.graph)
         for root in list(self.roots(gm, ctx)):
             site = self.site(root)
-            found, reason = self._first_accepted(root, ctx, written)
+            found, reason = self.first_accepted(root, ctx, writes)
             if found is not None:
                 results.append(Match(site=site, detail=self.replace(gm, found, ctx)))
                 erase_idle(gm.graph, found)
             elif reason is not None:
                 results.append(Reject(site=site, reason=reason))
+                self.declined(root, reason, ctx)
         return tuple(results)
 
-    def _first_accepted(
-        self, root: fx.Node, ctx: PassContext, written: set[fx.Node]
+    def declined(self, root: fx.Node, reason: str, ctx: PassContext) -> None:
+        """Called at each root that matches and stays as it is; does nothing by default."""
+
+    def first_accepted(
+        self, root: fx.Node, ctx: PassContext, writes: Writes, moved: Container[fx.Node] = ()
     ) -> tuple[Found | None, str | None]:
+        """(the first match at a root that may be replaced, None) or (None, why the first was declined).
+
+        Nodes of `moved` may read what is inside.
+        """
         reason = None
         for pattern in self.patterns:
             found = find(pattern, root)
             if found is None:
                 continue
-            declined = _declined(found, written) or self.accept(found, ctx)
+            declined = _declined(found, writes, moved) or self.accept(found, ctx)
             if declined is None:
                 return found, None
             reason = reason or declined
         return None, reason
 
 
-def _declined(found: Found, written: set[fx.Node]) -> str | None:
-    reader = found.read_outside()
+def _declined(found: Found, writes: Writes, moved: Container[fx.Node]) -> str | None:
+    reader = found.read_outside(moved)
     if reader is not None:
         return f"a value inside the pattern is also read by {reader.name}"
-    if any(node in written for node in found.interior):
+    if any(node in writes.roots for node in found.interior):
         return "a value inside the pattern is written in place"
+    # The replacement stands at the root: it reads the operands later than the nodes inside did.
+    operands = [v for v in (*found.values.values(), *_attributes(found)) if isinstance(v, fx.Node)]
+    writers = (writes.between(node, found.root, operands) for node in found.interior)
+    writer = next(filter(None, writers), None)
+    if writer is not None:
+        return f"an operand may be written in place by {writer.name}, before {found.root.name}"
     return None
+
+
+def _attributes(found: Found) -> Iterator[Any]:
+    for attributes in found.attributes.values():
+        yield from attributes.values()
 
 
 def erase_idle(graph: fx.Graph, found: Found) -> None:

@@ -19,11 +19,13 @@ from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
 from viditq_fx.passes.fuse_shared_input import FuseSharedInput
+from viditq_fx.passes.hoist_quantize import HoistQuantize
 from viditq_fx.passes.insert_qdq import InsertQdq
 from viditq_fx.passes.linearize_convolutions import LinearizeConvolutions
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.place_weights import PlaceWeights
 from viditq_fx.passes.quantize_attention import AnnotateAttention, QuantizeAttention
+from viditq_fx.passes.report_unfused import ReportUnfused
 from viditq_fx.passes.verify import verify
 from viditq_fx.passes.work import count_work
 from viditq_fx.plugins import PASSES_GROUP, Failure, attempt, installed, refuse
@@ -137,8 +139,10 @@ def default_passes() -> tuple[Pass, ...]:
         LinearizeConvolutions(),
         InsertQdq(),
         FuseLinear(),
+        HoistQuantize(),
         FuseNormQuantize(),
         FuseActivationQuantize(),
+        ReportUnfused(),
         FuseSharedInput(),
         QuantizeAttention(),
         PlaceWeights(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +10,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from viditq_fx import ops
-from viditq_fx.graph_edit import call
+from viditq_fx.graph_edit import call, example
 from viditq_fx.ops.quantize import fake_per_token
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 from viditq_fx.passes.pattern import Found, Rewrite
+from viditq_fx.passes.rows import move_of
+from viditq_fx.report import SiteReport
+
+UNFUSED_KEY = "viditq_unfused"
+"""Key of a quantize's meta: why it took in nothing of what makes its input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,25 @@ class QuantizeRewrite(Rewrite):
             fused = call(gm.graph, self.op.overload, self.operands(found), root, fake_per_token)
         fused.meta[SITE_KEY], fused.meta[SCHEME_KEY] = root.meta[SITE_KEY], root.meta[SCHEME_KEY]
         root.replace_all_uses_with(fused)
-        for item in fused.users:
-            for linear in item.users:
-                if linear.name in ctx.sites:
-                    ctx.sites[linear.name].prologue = found.pattern
+        for entry in sites_behind(fused, ctx):
+            # Streams that a cat joins may end in different norms: all of them are named.
+            names = {*filter(None, (entry.prologue or "").split(", ")), found.pattern}
+            entry.prologue = ", ".join(sorted(names))
         return found.pattern
+
+    def declined(self, root: fx.Node, reason: str, ctx: PassContext) -> None:
+        root.meta[UNFUSED_KEY] = reason
+
+
+def sites_behind(pair: fx.Node, ctx: PassContext) -> Iterator[SiteReport]:
+    """The linears that read a quantize's results, also through what moves their rows."""
+    ahead, seen = list(pair.users), set[fx.Node]()
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name in ctx.sites:
+            yield ctx.sites[node.name]
+        elif isinstance(example(node), tuple | list) or node.target is operator.getitem or move_of(node):
+            ahead += node.users
