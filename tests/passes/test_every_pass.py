@@ -54,6 +54,25 @@ def gated():
     return Gated().eval().requires_grad_(False)
 
 
+class Rearranged(nn.Module):
+    """Streams joined behind their norms, a 1x1 convolution, an activation joined with other channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(2))
+        self.up, self.convolution, self.down = nn.Linear(64, 64), nn.Conv1d(64, 64, 1), nn.Linear(128, 64)
+
+    def forward(self, x, text):
+        h = self.up(torch.cat([norm(t) for norm, t in zip(self.norms, (text, x), strict=True)], dim=1))
+        h = self.convolution(h.transpose(1, 2)).transpose(1, 2)
+        return self.down(torch.cat([F.gelu(h), h], dim=-1))
+
+
+def rearranged():
+    torch.manual_seed(0)
+    return Rearranged().eval().requires_grad_(False)
+
+
 def of_zoo(name):
     """A tiny diffusion transformer of diffusers and the arguments of one call."""
     pytest.importorskip("diffusers")
@@ -76,6 +95,7 @@ def of_zoo(name):
 MODELS = {
     "tiny dit": lambda: (tiny_dit(2), tiny_inputs()),
     "gated": lambda: (gated(), (torch.randn(2, 40, 64), torch.randn(2, 34, 64))),
+    "rearranged": lambda: (rearranged(), (torch.randn(2, 40, 64), torch.randn(2, 34, 64))),
     "flux": lambda: of_zoo("flux_dev"),
     "wan": lambda: of_zoo("wan"),
     "stable audio": lambda: of_zoo("stable_audio"),

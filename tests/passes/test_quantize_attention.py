@@ -46,6 +46,27 @@ def masked(mask):
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask)
 
 
+def products(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) / 4, dim=-1) @ v
+
+
+def scaled_before_and_cast_after(q, k, v):
+    weight = (q * 0.4) @ (0.4 * k).transpose(2, 3)
+    weight = torch.softmax(weight.float(), dim=-1).type(weight.dtype)
+    return weight @ v
+
+
+def batched(q, k, v):
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    weight = torch.bmm(q, k.mT).mul(0.2) + PENALTY
+    return torch.bmm(F.softmax(weight, -1), v).unflatten(0, (-1, HEADS))
+
+
+def keys_as_columns(q, k, v):
+    return torch.matmul(torch.matmul(q, k.permute(0, 1, 3, 2).contiguous()).softmax(3), v)
+
+
+PENALTY = torch.randn(20, 20)
 TABLE = torch.randn(20, WIDTH // HEADS)
 # attend, between, heads of k and v, what the report says
 FORMS = {
@@ -70,6 +91,16 @@ FORMS = {
         HEADS,
         "self, qk layer_norm",
     ),
+    "products": (products, None, HEADS, "self, spelled as products"),
+    "scaled before": (scaled_before_and_cast_after, None, HEADS, "self, spelled as products"),
+    "batched": (batched, None, HEADS, "self, additive mask, spelled as products"),
+    "keys as columns": (keys_as_columns, None, HEADS, "self, spelled as products"),
+    "products, normed": (
+        products,
+        lambda t: F.layer_norm(t, (WIDTH // HEADS,)),
+        HEADS,
+        "self, qk layer_norm, spelled as products",
+    ),
     "rotated": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
         lambda t: t * TABLE.cos() + t.flip(-1) * TABLE.sin(),
@@ -87,7 +118,7 @@ def test_every_form_is_recognised_and_rewritten(name, monkeypatch):
     gm, (entry,) = report_of(model, x)
     assert (entry.prologue, entry.done, entry.reason) == (form, "int8-qk", None)
     assert "attention_int8" in targets(gm)
-    assert "scaled_dot_product_attention" not in targets(gm)
+    assert not {"scaled_dot_product_attention", "softmax", "matmul", "bmm"} & set(targets(gm))
     monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
     with torch.no_grad():
         got = torch.compile(model, backend="viditq", options={"attention": "int8"})(x)
@@ -144,3 +175,35 @@ def test_generated_code_and_dynamic_sizes():
 def test_a_wrong_mode_is_a_clear_error():
     with pytest.raises(vq.OptionError, match="option 'attention' is one of"):
         vq.explain(nn.Linear(64, 64), torch.randn(20, 64), options={"attention": "sage"})
+
+
+def test_an_attention_spelled_as_products_counts_once_and_gives_roles():
+    model, x = Attention(products), torch.randn(2, 20, WIDTH)
+    gm, (entry,) = report_of(model, x, attention="auto")
+    _, (called,) = report_of(Attention(FORMS["positional"][0]), x, attention="auto")
+    assert (entry.flops, entry.rows, entry.width) == (called.flops, called.rows, called.width)
+    assert entry.done is None
+    roles = {site.fqn: site.role for site in vq.explain(model, x).sites}
+    assert roles == {"q": "attn.q", "k": "attn.k", "v": "attn.v", "out": "attn.out"}
+
+
+def scores_read_twice(q, k, v):
+    scores = q @ k.transpose(-2, -1)
+    return scores.softmax(-1) @ v + scores.mean()
+
+
+@pytest.mark.parametrize(
+    ("attend", "reasons"),
+    [
+        (scores_read_twice, ["its scores or probabilities are also read by mean"]),
+        (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, ["no softmax attention that we know"] * 2),
+        (lambda q, k, v: (q @ k.mT).relu() @ v, ["no softmax attention that we know"] * 2),
+        (lambda q, k, v: (q @ k.mT * q.amax()).softmax(-1) @ v, ["no softmax attention that we know"] * 2),
+    ],
+)
+def test_what_is_no_softmax_attention_of_ours_stays(attend, reasons):
+    gm, entries = report_of(Attention(attend), torch.randn(2, 20, WIDTH))
+    assert "attention_int8" not in targets(gm)
+    assert [reason in entry.reason for entry, reason in zip(entries, reasons, strict=True)] == [True] * len(
+        reasons
+    )

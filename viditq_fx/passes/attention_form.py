@@ -9,20 +9,27 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.attention_spelled import read_spelled
 from viditq_fx.passes.convolution import is_pointwise_conv
 from viditq_fx.passes.dataflow import DataFlow, Taint
 from viditq_fx.passes.effects import op_name
-from viditq_fx.passes.pattern import arguments
 from viditq_fx.passes.roles import is_linear, linear_input
+from viditq_fx.passes.spelling import arguments
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _NORMS = {"layer_norm": "layer_norm", "rms_norm": "rms_norm", "rsqrt": "rms_norm"}
 _PRODUCTS = frozenset({"mul", "imul", "mul_", "addcmul", "addcmul_", "matmul", "einsum"})
 
 
+FORM_KEY = "viditq_attention"
+"""Key of an attention node's meta that holds its AttentionForm."""
+PART_KEY = "viditq_attention_part"
+"""Key of the meta of a product that is part of an attention which another node stands for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """One call of scaled_dot_product_attention, whatever its call form."""
+    """One softmax attention: a call of scaled_dot_product_attention, whatever its form, or products."""
 
     query: fx.Node
     key: fx.Node
@@ -38,6 +45,8 @@ class AttentionForm:
     """Norm between projection and attention: "layer_norm", "rms_norm" or None."""
     rope: bool
     """Queries and keys are multiplied by positions between projection and attention."""
+    spelled: bool = False
+    """Written as two products and a softmax; `key` may then be [..., D, Lk]."""
 
     def __str__(self) -> str:
         parts = [self.kind]
@@ -50,6 +59,7 @@ class AttentionForm:
             parts.append("bool mask" if dtype == torch.bool else "additive mask")
         parts += ["causal"] if self.is_causal else []
         parts += ["GQA"] if self.enable_gqa else []
+        parts += ["spelled as products"] if self.spelled else []
         return ", ".join(parts)
 
 
@@ -58,16 +68,26 @@ def is_sdpa(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) == "scaled_dot_product_attention"
 
 
-def read_attention(node: fx.Node, flow: DataFlow) -> AttentionForm:
-    """The form of an SDPA call."""
-    defaults = dict(attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False)
-    got = arguments(node, _NAMES, **defaults)
-    query, key, value = (got[name] for name in ("query", "key", "value"))
+def read_attention(node: fx.Node, flow: DataFlow) -> AttentionForm | None:
+    """The form of an SDPA call, or of the attention whose last product a node is; None for anything else."""
+    if is_sdpa(node):
+        defaults = dict(attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False)
+        got = arguments(node, _NAMES, **defaults)
+        return _form(got, flow, spelled=False)
+    spelled = read_spelled(node)
+    if spelled is None or not all(map(flow.is_content, (spelled.query, spelled.key, spelled.value))):
+        return None
+    got = {"query": spelled.query, "key": spelled.key, "value": spelled.value, "attn_mask": spelled.mask}
+    got |= {"dropout_p": 0.0, "is_causal": False, "scale": spelled.scale, "enable_gqa": False}
+    return _form(got, flow, spelled=True)
+
+
+def _form(got: dict[str, Any], flow: DataFlow, *, spelled: bool) -> AttentionForm:
     front = {name: _in_front(got[name], flow) for name in ("query", "key", "value")}
     return AttentionForm(
-        query=query,
-        key=key,
-        value=value,
+        query=got["query"],
+        key=got["key"],
+        value=got["value"],
         mask=got["attn_mask"],
         dropout=got["dropout_p"],
         is_causal=bool(got["is_causal"]),
@@ -76,6 +96,7 @@ def read_attention(node: fx.Node, flow: DataFlow) -> AttentionForm:
         kind=_kind(*(linears for linears, _ in front.values())),
         qk_norm=next((_NORMS[op_name(n)] for n in front["query"][1] if op_name(n) in _NORMS), None),
         rope=any(_positions(n, flow) for n in front["query"][1]),
+        spelled=spelled,
     )
 
 

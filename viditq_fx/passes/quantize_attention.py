@@ -1,6 +1,7 @@
 """Recognise every softmax attention, plan it, and rewrite what is planned.
 
 scaled_dot_product_attention(q, k, v, ...)  ->  attention_int8(q, k, v, mask, is_causal, scale, enable_gqa)
+softmax(scale * q @ k^T + mask) @ v         ->  the same
 
 A call stays SDPA, with its reason, where no kernel of ours is faster or its form cannot be honoured.
 """
@@ -18,18 +19,18 @@ from viditq_fx import ops
 from viditq_fx.graph_edit import call, example
 from viditq_fx.ops.attention import MAX_HEAD
 from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node, hint
-from viditq_fx.passes.attention_form import AttentionForm, is_sdpa, read_attention
+from viditq_fx.passes.attention_form import FORM_KEY, PART_KEY, AttentionForm, is_sdpa, read_attention
+from viditq_fx.passes.attention_spelled import SpelledAttention, read_spelled
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import DataFlow
-from viditq_fx.passes.pattern import arguments, constant
+from viditq_fx.passes.effects import op_name
 from viditq_fx.passes.policy import keeps
+from viditq_fx.passes.spelling import arguments, constant
 from viditq_fx.report import SiteReport
 from viditq_fx.site import Site
 
 ROLE = "attention"
 SCHEME = "int8-qk"
-FORM_KEY = "viditq_attention"
-"""Key of an attention node's meta that holds its AttentionForm."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,9 +45,12 @@ class AnnotateAttention(Pass):
         results: list[Match | Reject] = []
         flow: DataFlow | None = None
         for node in gm.graph.nodes:
-            if is_sdpa(node) and node.name not in ctx.sites:
-                flow = flow or DataFlow(gm.graph)
-                results.append(_annotate(node, read_attention(node, flow), ctx))
+            if node.name in ctx.sites or not (is_sdpa(node) or read_spelled(node)):
+                continue
+            flow = flow or DataFlow(gm.graph)
+            form = read_attention(node, flow)
+            if form is not None:
+                results.append(_annotate(node, form, ctx))
         return tuple(results)
 
 
@@ -59,17 +63,22 @@ class QuantizeAttention(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
-        for node in [n for n in gm.graph.nodes if FORM_KEY in n.meta and is_sdpa(n)]:
+        for node in [n for n in gm.graph.nodes if FORM_KEY in n.meta and n.name in ctx.sites]:
             entry, form = ctx.sites[node.name], node.meta[FORM_KEY]
-            if entry.planned is None or entry.reason is not None:
+            if entry.planned is None or entry.reason is not None or entry.done is not None:
                 continue
             scale = constant(form.scale)
             options = (form.is_causal, None if scale is None else float(scale), form.enable_gqa)
             with gm.graph.inserting_before(node):
-                fused = call(gm.graph, ops.ATTENTION_INT8.overload, (*_operands(node), *options), node)
+                operands = _operands(gm.graph, node)
+                fused = call(gm.graph, ops.ATTENTION_INT8.overload, (*operands, *options), node)
             fused.meta[SITE_KEY], fused.meta[FORM_KEY] = node.meta[SITE_KEY], form
+            spelled = read_spelled(node)
             node.replace_all_uses_with(fused)
             gm.graph.erase_node(node)
+            for idle in spelled.interior if spelled else ():
+                if not idle.users:
+                    gm.graph.erase_node(idle)
             del ctx.sites[node.name]
             ctx.sites[fused.name] = entry
             entry.done = SCHEME
@@ -77,35 +86,44 @@ class QuantizeAttention(Pass):
         return tuple(results)
 
 
-def _operands(node: fx.Node) -> tuple[object, ...]:
+def _operands(graph: fx.Graph, node: fx.Node) -> tuple[object, ...]:
     """Query, key, value and mask as the graph has them now: a pass may have replaced what was read."""
-    given = arguments(node, ("query", "key", "value", "attn_mask"), attn_mask=None)
-    return tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
+    spelled = read_spelled(node)
+    if spelled is None:
+        given = arguments(node, ("query", "key", "value", "attn_mask"), attn_mask=None)
+        return tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
+    key = spelled.key
+    if not spelled.key_is_transposed:
+        key = call(graph, torch.transpose, (key, -2, -1), node)
+    return spelled.query, key, spelled.value, spelled.mask
 
 
 def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext) -> Match | Reject:
     site = Site(fqn_of_node(node), ROLE)
     entry = _describe(node, form)
     node.meta[SITE_KEY], node.meta[FORM_KEY] = site, form
+    spelled = read_spelled(node)
+    if spelled is not None:
+        spelled.scores.meta[PART_KEY] = True
     ctx.sites[node.name] = entry
     ctx.report.attention.append(entry)
     entry.reason = _reason_to_keep(entry, node, ctx)
     if entry.reason is None:
         entry.planned = SCHEME
-        entry.reason = _why_impossible(form)
+        entry.reason = _why_impossible(form) or _why_open(spelled)
     return (
         Match(site=site, detail=str(form)) if entry.reason is None else Reject(site=site, reason=entry.reason)
     )
 
 
 def _describe(node: fx.Node, form: AttentionForm) -> SiteReport:
-    q, k = example(form.query).shape, example(form.key).shape
+    q, v = example(form.query).shape, example(form.value).shape
     return SiteReport(
         fqn=fqn_of_node(node),
         role=ROLE,
         rows=str(math.prod(q[:-1])),
         depth=hint(q[-1]) or 0,
-        width=hint(k[-2]) or 0,
+        width=hint(v[-2]) or 0,
         prologue=str(form),
     )
 
@@ -137,3 +155,8 @@ def _why_impossible(form: AttentionForm) -> str | None:
     if form.is_causal and form.mask is not None:
         return "a mask beside is_causal"
     return None
+
+
+def _why_open(spelled: SpelledAttention | None) -> str | None:
+    reader = spelled.read_outside() if spelled is not None else None
+    return f"its scores or probabilities are also read by {op_name(reader)}" if reader is not None else None

@@ -18,9 +18,10 @@ from viditq_fx.passes.dataflow import FIRST_ONLY
 from viditq_fx.passes.effects import op_name
 from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
-from viditq_fx.passes.pattern import Expression, spelling
+from viditq_fx.passes.pattern import Expression
 from viditq_fx.passes.quantize_roots import UNFUSED_KEY, QuantizeRewrite, sites_behind
 from viditq_fx.passes.rows import move_of
+from viditq_fx.passes.spelling import spelling
 
 _ARITHMETIC = frozenset({"add", "mul", "sub", "div", "square", "row_mean", "quantize_per_token"})
 _SEEN_THROUGH = frozenset(

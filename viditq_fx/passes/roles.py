@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
+from viditq_fx.passes.attention_spelled import spelled_attentions
 from viditq_fx.passes.convolution import is_pointwise_conv, out_channels
 from viditq_fx.passes.dataflow import DataFlow, same_size
 from viditq_fx.passes.effects import op_name
@@ -72,12 +73,22 @@ def find_roles(graph: fx.Graph, flow: DataFlow | None = None) -> dict[fx.Node, s
     return _RoleFinder(graph, flow or DataFlow(graph)).roles()
 
 
+def _parts_of_products(graph: fx.Graph) -> dict[fx.Node, list[tuple[str, fx.Node]]]:
+    parts: dict[fx.Node, list[tuple[str, fx.Node]]] = {}
+    for attention in spelled_attentions(graph):
+        parts[attention.scores] = [("q", attention.query), ("k", attention.key)]
+        parts[attention.root] = [("v", attention.value)]
+    return parts
+
+
 class _RoleFinder:
     def __init__(self, graph: fx.Graph, flow: DataFlow) -> None:
         self.flow = flow
         self.linears = [n for n in graph.nodes if is_linear(n) or is_pointwise_conv(n)]
         self.content = {n for n in self.linears if self.flow.is_content(n)}
         self.attentions = [n for n in graph.nodes if self._is_attention(n)]
+        self._parts = _parts_of_products(graph)
+        """Product of an attention that is spelled out -> its operands that are q, k or v."""
         self._barrier = self.content | set(self.attentions)
         self._adapted = self._adapted_sums()
         """Each linear(x) + B(A(x)) (LoRA) -> its linear."""
@@ -215,6 +226,11 @@ class _RoleFinder:
     def _label_operands(self, attention: fx.Node) -> None:
         if op_name(attention) == "multi_head_attention_forward":
             return  # its projections are inside it: what it reads are no queries yet
+        if attention in self._parts:
+            for letter, operand in self._parts[attention]:
+                for linear in self._first_linears(operand):
+                    self._found[linear].add(f"attn.{letter}")
+            return
         if op_name(attention) not in ATTENTION_NAMES and not self._is_opaque_attention(attention):
             # A product of two activations: which operand plays which part is not known.
             for operand in attention.all_input_nodes:

@@ -19,7 +19,7 @@ from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.passes.dataflow import same_size
 from viditq_fx.passes.effects import is_mutation, op_name
-from viditq_fx.passes.pattern import arguments
+from viditq_fx.passes.spelling import arguments
 
 _CATS = frozenset({"cat", "concat", "concatenate"})
 _VIEWS = frozenset({"view", "reshape"})

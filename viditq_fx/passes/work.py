@@ -13,6 +13,7 @@ from torch import fx
 
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.annotate_sites import fqn_of_node, hint
+from viditq_fx.passes.attention_form import FORM_KEY, PART_KEY
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.convolution import row_sizes
 from viditq_fx.passes.dataflow import DataFlow
@@ -38,7 +39,7 @@ def count_work(graph: fx.Graph, ctx: PassContext) -> None:
     for node in graph.nodes:
         shape = _attention_shape(node)
         entry = ctx.sites.get(node.name)
-        if shape is None and entry is None and op_name(node) in _PRODUCTS:
+        if shape is None and entry is None and op_name(node) in _PRODUCTS and PART_KEY not in node.meta:
             flow = flow or DataFlow(graph)
             shape = _product_shape(node, flow)
         if entry is None and shape is not None:
@@ -76,15 +77,18 @@ def _linear_shape(node: fx.Node, entry: SiteReport) -> _Shape | None:
 
 
 def _attention_shape(node: fx.Node) -> _Shape | None:
-    if op_name(node) not in ATTENTION_NAMES:
+    form = node.meta.get(FORM_KEY)
+    given: dict[str, Any] = dict(zip(_OPERANDS, node.args, strict=False)) | dict(node.kwargs)
+    if form is not None:
+        given = {key: getattr(form, key) for key in _OPERANDS}
+    elif op_name(node) not in ATTENTION_NAMES:
         return None
-    given = dict(zip(_OPERANDS, node.args, strict=False)) | dict(node.kwargs)
     values = [example(x) if isinstance(x := given.get(key), fx.Node) else None for key in _OPERANDS]
     if not all(isinstance(value, torch.Tensor) and value.dim() >= 3 for value in values):
         return None
-    q, k, v = (value.shape for value in values if value is not None)
+    q, v = (value.shape for value in (values[0], values[2]) if value is not None)
     depth, value_depth = _known(q[-1]), _known(v[-1])
-    return tuple(q[:-1]), q[-1], k[-2], 1 + value_depth / depth if depth else 2
+    return tuple(q[:-1]), q[-1], v[-2], 1 + value_depth / depth if depth else 2
 
 
 def _product_shape(node: fx.Node, flow: DataFlow) -> _Shape | None:
