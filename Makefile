@@ -1,24 +1,30 @@
 # The README's commands. Each sets itself up: a virtual environment in .venv, then the work.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV := .venv
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton>=3.6)
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | tr ' ' '-')
 
-.PHONY: help demo test test-quick test-browser lint bench clean
+# Where torch 2.11 and 2.13 differ: Inductor's private API, Dynamo's graphs, Triton 3.6.
+SEAM := tests/lowering tests/triton_templates tests/ops tests/passes tests/test_backend.py tests/test_release.py \
+	tests/test_weights_state.py
+
+.PHONY: help demo test test-quick test-browser test-torch211 test-seam lint bench clean
 
 help:
 	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
 	@echo "make test        the whole test suite"
 	@echo "make test-quick  the part that takes about two minutes"
 	@echo "make test-browser  the explain page in headless Chromium (needs chromium and chromedriver)"
+	@echo "make test-torch211  the tests of the seam with torch, on torch 2.11 and Triton 3.6"
 	@echo "make lint        ruff, pyright, import contracts"
 	@echo "make bench       benchmarks/cpu.py: int8 against fp32 and the CPU peers"
 
 # torch first and pinned: left to itself, pip takes the newest build, which may bring gigabytes of CUDA.
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	rm -f $(VENV)/.installed-*
 	touch $@
@@ -36,6 +42,12 @@ test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[browser]"
 	$(BIN)/python -m pytest -m browser -rs tests/browser
 
+test-torch211:
+	$(MAKE) VENV=.venv-torch211 TORCH=torch==2.11.0 TRITON="triton==3.6.*" test-seam
+
+test-seam: $(STAMP)
+	$(BIN)/python -m pytest $(SEAM)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +59,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py
 
 clean:
-	rm -rf $(VENV) viditq-demo build dist
+	rm -rf $(VENV) .venv-torch211 viditq-demo build dist
