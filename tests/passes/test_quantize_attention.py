@@ -207,3 +207,16 @@ def test_what_is_no_softmax_attention_of_ours_stays(attend, reasons):
     assert [reason in entry.reason for entry, reason in zip(entries, reasons, strict=True)] == [True] * len(
         reasons
     )
+
+
+def test_learned_queries_are_attention_too():
+    class Resampler(Attention):
+        def __init__(self):
+            super().__init__(products)
+            self.latents = nn.Parameter(torch.randn(1, 24, WIDTH))
+
+        def forward(self, x):
+            return super().forward(self.latents.expand(len(x), -1, -1), x)
+
+    _, (entry,) = report_of(Resampler(), torch.randn(2, 20, WIDTH))
+    assert (entry.prologue, entry.done) == ("cross, spelled as products", "int8-qk")

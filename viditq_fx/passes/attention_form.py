@@ -75,7 +75,8 @@ def read_attention(node: fx.Node, flow: DataFlow) -> AttentionForm | None:
         got = arguments(node, _NAMES, **defaults)
         return _form(got, flow, spelled=False)
     spelled = read_spelled(node)
-    if spelled is None or not all(map(flow.is_content, (spelled.query, spelled.key, spelled.value))):
+    # Queries may be learned: a fixed set of latents that reads the content.
+    if spelled is None or not all(map(flow.is_content, (spelled.key, spelled.value))):
         return None
     got = {"query": spelled.query, "key": spelled.key, "value": spelled.value, "attn_mask": spelled.mask}
     got |= {"dropout_p": 0.0, "is_causal": False, "scale": spelled.scale, "enable_gqa": False}
