@@ -42,13 +42,6 @@ NOT_QUANTIZED = {
         "no scaled_dot_product_attention"
     )
 }
-REMARKS = {
-    "HunyuanVideo15Transformer3DModel": (
-        "Its second text projection is 2048 wide in every configuration: beside blocks of width 128 it "
-        "outweighs them, beside those of the published models (2048 wide, 54 blocks) it does not."
-    ),
-}
-"""What the reader of a row should know about the class."""
 _SOFTMAX = frozenset({"softmax", "_softmax", "multi_head_attention_forward", "flex_attention"})
 _LONGEST_ERROR = 300
 
@@ -253,8 +246,6 @@ def section(row: Coverage) -> list[str]:
         return [*lines, f"Failed: `{row.error}`", ""]
     if row.broken is not None:
         lines += [f"Not one graph: `{row.broken}`", ""]
-    if row.class_name in REMARKS:
-        lines += [REMARKS[row.class_name], ""]
     forms = Counter(call.prologue for call in row.attention if call.prologue)
     fused = Counter(site.prologue for site in row.sites if site.done and site.prologue)
     for title, counts in (("Attention", forms), ("Fused with the quantize", fused)):
@@ -281,8 +272,7 @@ def under_target(rows: list[Coverage]) -> list[str]:
             lines.append(f"* {row.class_name}: failed, {row.error}")
             continue
         if row.linear_share < LINEAR_TARGET:
-            remark = REMARKS.get(row.class_name, "")
-            lines.append(f"* {row.class_name}: {row.linear_share:.1%} of linear FLOPs. {remark}".rstrip())
+            lines.append(f"* {row.class_name}: {row.linear_share:.1%} of linear FLOPs.")
             lines += reasons(kept, flops(row.sites), least=WORTH_SAYING)
         if not row.attention_met:
             unknown = [call for call in row.attention if not call.prologue]

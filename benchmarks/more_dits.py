@@ -219,7 +219,8 @@ def _sana_video(layers: int) -> dict[str, Any]:
 def _hunyuan15(layers: int) -> dict[str, Any]:
     config = {"in_channels": _CHANNELS, "out_channels": _CHANNELS, "num_layers": layers}
     config |= {"num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": _TEXT, "text_embed_2_dim": _TEXT}
-    return _HEADS | config | {"image_embed_dim": 48, "rope_axes_dim": _ROPE}
+    # Its second text projection is 2048 wide in every configuration: blocks of width 128 would be dwarfed by it.
+    return _HEADS | {"num_attention_heads": 32} | config | {"image_embed_dim": 48, "rope_axes_dim": _ROPE}
 
 
 def _hunyuan15_inputs(draw: Draw) -> dict[str, Any]:
