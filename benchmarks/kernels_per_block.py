@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -99,69 +100,68 @@ def count(name: str, make: Callable[[], tuple[Any, ...]]) -> BlockCount:
     )
 
 
-def _on_device(module: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> tuple[Any, ...]:
+class Called(nn.Module):
+    """A block with how to call it on plain tensors."""
+
+    def __init__(self, block: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.block, self.call = block, call
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """What the block returns."""
+        return self.call(self.block, *inputs)
+
+
+def on_device(
+    make: Callable[[], nn.Module], call: Callable[..., Any], *shapes: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """(module, *inputs) in bf16 on the device, random; `call` says how the block takes them."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return module().eval().requires_grad_(False), *(torch.empty(shape) for shape in shapes)
+            module = Called(make(), call).eval().requires_grad_(False)
+            return module, *(torch.randn(shape) for shape in shapes)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def _flux_double() -> tuple[Any, ...]:
-    from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+def _flux(kind: str) -> tuple[Any, ...]:
+    from diffusers.models.transformers import transformer_flux
 
-    block, image, text, condition, cos, sin = _on_device(
-        lambda: FluxTransformerBlock(dim=3072, num_attention_heads=24, attention_head_dim=128),
+    return on_device(
+        lambda: getattr(transformer_flux, kind)(dim=3072, num_attention_heads=24, attention_head_dim=128),
+        lambda block, x, y, temb, c, s: block(x, y, temb, (c, s)),
         *((1, 4096, 3072), (1, 512, 3072), (1, 3072), (4608, 128), (4608, 128)),
     )
-    return lambda x, y, temb, c, s: block(x, y, temb, (c, s)), image, text, condition, cos, sin
-
-
-def _flux_single() -> tuple[Any, ...]:
-    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
-
-    block, image, text, condition, cos, sin = _on_device(
-        lambda: FluxSingleTransformerBlock(dim=3072, num_attention_heads=24, attention_head_dim=128),
-        *((1, 4096, 3072), (1, 512, 3072), (1, 3072), (4608, 128), (4608, 128)),
-    )
-    return lambda x, y, temb, c, s: block(x, y, temb, (c, s)), image, text, condition, cos, sin
 
 
 def _pixart() -> tuple[Any, ...]:
     from diffusers.models.attention import BasicTransformerBlock
 
-    block, image, text, condition = _on_device(
-        lambda: BasicTransformerBlock(
-            1152,
-            16,
-            72,
-            cross_attention_dim=1152,
-            attention_bias=True,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-        ),
+    options = {"attention_bias": True, "norm_type": "ada_norm_single", "norm_elementwise_affine": False}
+    return on_device(
+        lambda: BasicTransformerBlock(1152, 16, 72, cross_attention_dim=1152, norm_eps=1e-6, **options),
+        lambda block, x, y, t: block(x, encoder_hidden_states=y, timestep=t),
         *((2, 4096, 1152), (2, 300, 1152), (2, 6 * 1152)),
     )
-    return lambda x, y, t: block(x, encoder_hidden_states=y, timestep=t), image, text, condition
 
 
-def _wan() -> tuple[Any, ...]:
+def wan(tokens: int) -> tuple[Any, ...]:
+    """A block of Wan 2.1 14B over that many tokens of video."""
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-    block, video, text, condition, cos, sin = _on_device(
+    return on_device(
         lambda: WanTransformerBlock(5120, 13824, 40, qk_norm="rms_norm_across_heads", cross_attn_norm=True),
-        *((1, 32760, 5120), (1, 512, 5120), (1, 6, 5120), (1, 32760, 1, 128), (1, 32760, 1, 128)),
+        lambda block, x, y, t, c, s: block(x, y, t, (c, s)),
+        *((1, tokens, 5120), (1, 512, 5120), (1, 6, 5120), (1, tokens, 1, 128), (1, tokens, 1, 128)),
     )
-    return lambda x, y, t, c, s: block(x, y, t, (c, s)), video, text, condition, cos, sin
 
 
 BLOCKS = {
-    "FLUX.1 double block, 4096 + 512 tokens": _flux_double,
-    "FLUX.1 single block, 4096 + 512 tokens": _flux_single,
+    "FLUX.1 double block, 4096 + 512 tokens": partial(_flux, "FluxTransformerBlock"),
+    "FLUX.1 single block, 4096 + 512 tokens": partial(_flux, "FluxSingleTransformerBlock"),
     "PixArt-Σ block, 4096 tokens, batch 2": _pixart,
-    "Wan 2.1 14B block, 32,760 tokens": _wan,
+    "Wan 2.1 14B block, 32,760 tokens": partial(wan, 32760),
 }
 
 
