@@ -15,6 +15,7 @@ from viditq_fx.errors import KernelBuildError
 from viditq_fx.lowering import select_cpu
 from viditq_fx.ops import native
 from viditq_fx.ops.blocked import blocked_weight, is_freed, own, plain_weight, resident_bytes
+from viditq_fx.ops.linear import linear_epilogue
 
 needs_kernel = pytest.mark.skipif(int8_gemm.unavailable() is not None, reason=str(int8_gemm.unavailable()))
 SETS = ("AVX2", "AVX512")
@@ -106,6 +107,23 @@ def test_integers_are_in_memory_once_and_read_back(bits):
     other = blocked_weight(key, native.layout(15 - bits))  # the other scheme reads the same weight
     assert torch.equal(int8_gemm.unpack(other, w.shape, 15 - bits), w)
     assert blocked_weight(key, native.layout(bits)) is copy
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("bits", int8_gemm.BITS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_epilogue_rounds_as_the_reference_does(monkeypatch, name, bits, with_bias):
+    use(monkeypatch, name)
+    gen = torch.Generator().manual_seed(bits)
+    for shape, width in (((3, 5, 48), 33), ((70, 2600), 40), ((1, 7), 1)):
+        high = 2 ** (bits - 1)
+        x = torch.randint(1 - high, high, shape, generator=gen, dtype=torch.int8)
+        w = torch.randint(-127, 128, (width, shape[-1]), generator=gen, dtype=torch.int8)
+        x_scale, w_scale = torch.rand(*shape[:-1], 1, generator=gen), torch.rand(width, generator=gen)
+        bias = torch.randn(width, generator=gen).half() if with_bias else None
+        want = linear_epilogue(native.matmul_s8s8(x, w, bits), x_scale, w_scale, bias, torch.float32)
+        assert torch.equal(native.linear_s8s8(x, x_scale, w, w_scale, bias, bits), want)
 
 
 @needs_kernel

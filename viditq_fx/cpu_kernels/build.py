@@ -46,7 +46,16 @@ def load_library(source: Path) -> ctypes.CDLL:
     cannot be written or loaded.
     """
     compiler = _compiler()
-    command = (compiler, "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *_ISA_FLAGS[instruction_set()])
+    command = (
+        compiler,
+        "-O3",
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fopenmp",
+        "-shared",
+        "-fPIC",
+        *_ISA_FLAGS[instruction_set()],
+    )
     identity = "\n".join([_output((compiler, "--version")), *command[1:], source.read_text(encoding="utf-8")])
     name = f"{source.stem}-{_digest(identity.encode())[:16]}.so"
     target = cache_folder() / name

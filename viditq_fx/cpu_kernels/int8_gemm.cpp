@@ -12,6 +12,9 @@
 //         vpmaddwd, which spares a quarter of the multiplier's work. `pack` checks every group of four
 //         weights and flags the few that prove nothing; 64 * sum_k W[n, k] is subtracted at the end.
 //
+// Given scales, the result is acc * s_x[m] * s_w[n] + bias[n] in fp32, rounded after each step as the reference is
+// (compiled with -ffp-contract=off), and the accumulators never go through memory on their own.
+//
 // A packed weight is panels of NR channels (width), GROUP values of K side by side for each channel:
 // [panel][K / GROUP][NR][GROUP], zero-padded; QUADS appends its flags and its column sums.
 // The blocks of X that a core works on are sized for its second-level cache.
@@ -205,10 +208,15 @@ struct Block {  // of K: [start, start + depth) of the padded K
   bool first, last;
 };
 
+// What follows the sums; without scales they are the result.
+struct Epilogue {
+  const float *x_scale, *w_scale, *bias;
+};
+
 // One tile of M x NR results. Between blocks of K they are kept as int32 where the fp32 result will be.
 template <class Kind, int M>
 void tile(const typename Kind::Element* x, const Packed<Kind>& w, int64_t panel, Block block, float* out,
-          int64_t out_stride) {
+          int64_t out_stride, Epilogue epilogue) {
   Vec acc[M][VECTORS];
   const int64_t columns = std::min<int64_t>(NR, w.width - panel * NR);
   const int64_t from = panel * NR * w.padded + block.start * NR;
@@ -229,16 +237,27 @@ void tile(const typename Kind::Element* x, const Packed<Kind>& w, int64_t panel,
       std::memcpy(row, sums, columns * 4);
       continue;
     }
-    const int32_t* correction = w.sums ? w.sums + panel * NR : nullptr;
-    for (int64_t n = 0; n < columns; ++n) row[n] = float(correction ? sums[n] - 64 * correction[n] : sums[n]);
+    if (w.sums) {
+      for (int64_t n = 0; n < columns; ++n) sums[n] -= 64 * w.sums[panel * NR + n];
+    }
+    if (!epilogue.x_scale) {
+      for (int64_t n = 0; n < columns; ++n) row[n] = float(sums[n]);
+      continue;
+    }
+    const float scale = epilogue.x_scale[m];
+    const float* widths = epilogue.w_scale + panel * NR;
+    for (int64_t n = 0; n < columns; ++n) row[n] = float(sums[n]) * scale * widths[n];
+    if (epilogue.bias) {
+      for (int64_t n = 0; n < columns; ++n) row[n] += epilogue.bias[panel * NR + n];
+    }
   }
 }
 
 template <class Kind, int M>
 void tile_of(int rows, const typename Kind::Element* x, const Packed<Kind>& w, int64_t panel, Block block, float* out,
-             int64_t out_stride) {
-  if (rows == M) return tile<Kind, M>(x, w, panel, block, out, out_stride);
-  if constexpr (M > 1) tile_of<Kind, M - 1>(rows, x, w, panel, block, out, out_stride);
+             int64_t out_stride, Epilogue epilogue) {
+  if (rows == M) return tile<Kind, M>(x, w, panel, block, out, out_stride, epilogue);
+  if constexpr (M > 1) tile_of<Kind, M - 1>(rows, x, w, panel, block, out, out_stride, epilogue);
 }
 
 struct Range {
@@ -249,7 +268,7 @@ Range share(int64_t total, int64_t part, int64_t parts) { return {total * part /
 
 template <class Kind>
 void multiply_share(const int8_t* x, const Packed<Kind>& w, float* out, Range rows, Range panels,
-                    typename Kind::Element* buffer, int64_t block_rows) {
+                    typename Kind::Element* buffer, int64_t block_rows, Epilogue epilogue) {
   constexpr int ROWS = Kind::ROWS;
   for (int64_t k = 0; k < w.padded; k += DEPTH_BLOCK) {
     const int64_t depth = std::min(DEPTH_BLOCK, w.padded - k);
@@ -264,7 +283,8 @@ void multiply_share(const int8_t* x, const Packed<Kind>& w, float* out, Range ro
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         for (int64_t i = m; i < end; i += ROWS) {
           const int count = int(std::min<int64_t>(ROWS, end - i));
-          tile_of<Kind, ROWS>(count, buffer + (i - m) * depth, w, panel, block, out + i * w.width, w.width);
+          const Epilogue here{epilogue.x_scale ? epilogue.x_scale + i : nullptr, epilogue.w_scale, epilogue.bias};
+          tile_of<Kind, ROWS>(count, buffer + (i - m) * depth, w, panel, block, out + i * w.width, w.width, here);
         }
       }
     }
@@ -273,7 +293,7 @@ void multiply_share(const int8_t* x, const Packed<Kind>& w, float* out, Range ro
 
 template <class Kind>
 int multiply(const int8_t* x, const uint8_t* packed, float* out, int64_t rows, int64_t width, int64_t depth,
-             int threads) {
+             int threads, Epilogue epilogue) {
   using Element = typename Kind::Element;
   const Packed<Kind> w(packed, width, depth);
   const int64_t down = std::min<int64_t>(threads, std::max<int64_t>(1, rows / (4 * Kind::ROWS)));
@@ -287,7 +307,7 @@ int multiply(const int8_t* x, const uint8_t* packed, float* out, int64_t rows, i
 #pragma omp parallel for num_threads(int(down * across)) schedule(static, 1)
   for (int64_t part = 0; part < down * across; ++part) {
     multiply_share<Kind>(x, w, out, share(rows, part / across, down), share(w.panels, part % across, across),
-                         (Element*)(buffers + part * bytes), block_rows);
+                         (Element*)(buffers + part * bytes), block_rows, epilogue);
   }
   std::free(buffers);
   return 0;
@@ -309,10 +329,11 @@ void viditq_unpack(int bits, const uint8_t* packed, int64_t width, int64_t depth
   bits == 7 ? unpack<Quads>(packed, width, depth, out) : unpack<Pairs>(packed, width, depth, out);
 }
 
-// 0, or 1 where there is no memory for the blocks of X.
+// 0, or 1 where there is no memory for the blocks of X. Scales may be null (both), and so may the bias.
 int viditq_multiply(int bits, const int8_t* x, const uint8_t* packed, float* out, int64_t rows, int64_t width,
-                    int64_t depth, int threads) {
-  return bits == 7 ? multiply<Quads>(x, packed, out, rows, width, depth, threads)
-                   : multiply<Pairs>(x, packed, out, rows, width, depth, threads);
+                    int64_t depth, int threads, const float* x_scale, const float* w_scale, const float* bias) {
+  const Epilogue epilogue{x_scale, w_scale, bias};
+  return bits == 7 ? multiply<Quads>(x, packed, out, rows, width, depth, threads, epilogue)
+                   : multiply<Pairs>(x, packed, out, rows, width, depth, threads, epilogue);
 }
 }

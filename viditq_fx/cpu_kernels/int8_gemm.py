@@ -22,7 +22,10 @@ _SIGNATURES = {
     "viditq_packed_bytes": (c_int64, (c_int, c_int64, c_int64)),
     "viditq_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
     "viditq_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
-    "viditq_multiply": (c_int, (c_int, c_void_p, c_void_p, c_void_p, *(c_int64,) * 3, c_int)),
+    "viditq_multiply": (
+        c_int,
+        (c_int, c_void_p, c_void_p, c_void_p, *(c_int64,) * 3, c_int, *(c_void_p,) * 3),
+    ),
 }
 
 
@@ -71,10 +74,25 @@ def multiply(x_MK: Tensor, packed: Tensor, width: int, bits: int) -> Tensor:
 
     Raises MemoryError where there is none for the blocks of X.
     """
+    return _run(x_MK, packed, width, bits, (None, None, None))
+
+
+def linear(
+    x_MK: Tensor, x_scale_M: Tensor, packed: Tensor, w_scale_N: Tensor, bias_N: Tensor | None, bits: int
+) -> Tensor:
+    """int8 [M, K] and a packed weight -> fp32 [M, N]: acc * s_x * s_w + bias, rounded as the reference is.
+
+    Scales and bias are fp32 and contiguous. Raises MemoryError where there is none for the blocks of X.
+    """
+    return _run(x_MK, packed, w_scale_N.shape[0], bits, (x_scale_M, w_scale_N, bias_N))
+
+
+def _run(x_MK: Tensor, packed: Tensor, width: int, bits: int, epilogue: tuple[Tensor | None, ...]) -> Tensor:
     x_MK = x_MK.contiguous()
     rows, depth = x_MK.shape
     out = torch.empty(rows, width, dtype=torch.float32)
-    operands = (x_MK.data_ptr(), packed.data_ptr(), out.data_ptr())
-    if _library().viditq_multiply(bits, *operands, rows, width, depth, torch.get_num_threads()):
+    operands = (x_MK.data_ptr(), packed.data_ptr(), out.data_ptr(), rows, width, depth)
+    after = (None if tensor is None else tensor.data_ptr() for tensor in epilogue)
+    if _library().viditq_multiply(bits, *operands, torch.get_num_threads(), *after):
         raise MemoryError("viditq: no memory for the blocks of an int8 GEMM")
     return out

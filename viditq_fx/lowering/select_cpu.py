@@ -60,18 +60,25 @@ def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
             continue
         bits = _INPUT_BITS[node.target]
         choice = choices[node.name] = choose_cpu_kernel(bits)
-        x, x_scale, w, w_scale, bias, dtype = node.args
         with gm.graph.inserting_before(node):
-            if choice.kernel == "fp32-exact":
-                widened = call(gm.graph, torch.ops.aten.to.dtype, (x, torch.float32), node)
-                acc = call(gm.graph, ops.MATMUL_F32S8.overload, (widened, w), node)
-            elif choice.kernel.startswith("onednn"):
-                shifted = call(gm.graph, ops.SHIFT_TO_U8.overload, (x, ZERO_POINTS[bits]), node)
-                acc = call(gm.graph, ops.MATMUL_U8S8.overload, (shifted, w, ZERO_POINTS[bits]), node)
-            else:
-                acc = call(gm.graph, ops.MATMUL_S8S8.overload, (x, w, bits), node)
-            y = call(gm.graph, ops.LINEAR_EPILOGUE.overload, (acc, x_scale, w_scale, bias, dtype), node)
+            y = _spell(gm.graph, node, choice.kernel, bits)
         node.replace_all_uses_with(y)
         gm.graph.erase_node(node)
     gm.recompile()
     return choices
+
+
+def _spell(graph: fx.Graph, node: fx.Node, kernel: str, bits: int) -> fx.Node:
+    """An integer linear as ops that compute it by that kernel."""
+    x, x_scale, w, w_scale, bias, dtype = node.args
+    if kernel == "fp32-exact":
+        widened = call(graph, torch.ops.aten.to.dtype, (x, torch.float32), node)
+        acc = call(graph, ops.MATMUL_F32S8.overload, (widened, w), node)
+    elif kernel.startswith("onednn"):
+        shifted = call(graph, ops.SHIFT_TO_U8.overload, (x, ZERO_POINTS[bits]), node)
+        acc = call(graph, ops.MATMUL_U8S8.overload, (shifted, w, ZERO_POINTS[bits]), node)
+    elif dtype == torch.float32:  # with its epilogue: a pass over the sums less
+        return call(graph, ops.LINEAR_S8S8.overload, (x, x_scale, w, w_scale, bias, bits), node)
+    else:  # Inductor's epilogue casts in the same pass
+        acc = call(graph, ops.MATMUL_S8S8.overload, (x, w, bits), node)
+    return call(graph, ops.LINEAR_EPILOGUE.overload, (acc, x_scale, w_scale, bias, dtype), node)

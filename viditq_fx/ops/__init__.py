@@ -5,7 +5,7 @@ from viditq_fx.ops.attention import ATTENTION_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.cat import CAT_INT8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
-from viditq_fx.ops.native import MATMUL_S8S8
+from viditq_fx.ops.native import LINEAR_S8S8, MATMUL_S8S8
 from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
 from viditq_fx.ops.onednn import LINEAR_EPILOGUE, MATMUL_F32S8, MATMUL_U8S8, SHIFT_TO_U8
 from viditq_fx.ops.pack import PACK_INT8, READ_INT8, UNPACK_INT8
@@ -23,6 +23,7 @@ __all__ = [
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_TOKEN",
     "LINEAR_EPILOGUE",
+    "LINEAR_S8S8",
     "LINEAR_W8A7",
     "LINEAR_W8A8",
     "MATMUL_F32S8",

@@ -15,7 +15,7 @@ from torch import Tensor
 from viditq_fx.cpu_kernels import int8_gemm
 from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.ops.blocked import Layout, blocked_weight, plain_weight
-from viditq_fx.ops.linear import exact_int_matmul
+from viditq_fx.ops.linear import exact_int_matmul, linear_epilogue
 
 
 @cache
@@ -50,6 +50,14 @@ def _wrong() -> str | None:
     return None
 
 
+def check_operands(x_MK: Tensor, w_NK: Tensor, bits: int) -> None:
+    """Raises ValueError for operands that the kernel does not take."""
+    if x_MK.dtype != torch.int8 or w_NK.dtype != torch.int8 or bits not in int8_gemm.BITS:
+        raise ValueError(
+            f"matmul_s8s8: needs int8 x int8, bits 8 or 7; got {x_MK.dtype}, {w_NK.dtype}, {bits}"
+        )
+
+
 def matmul_s8s8(x_MK: Tensor, w_NK: Tensor, bits: int) -> Tensor:
     """The GEMM of this module's formula; packs the weight at its first call.
 
@@ -70,6 +78,35 @@ def matmul_s8s8(x_MK: Tensor, w_NK: Tensor, bits: int) -> Tensor:
     return acc.reshape(*x_MK.shape[:-1], width)
 
 
+def linear_s8s8(
+    x_MK: Tensor, x_scale: Tensor, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """The GEMM with its epilogue: fp32 acc * s_x * s_w (+ bias), bit for bit as `linear_epilogue` rounds it.
+
+    Shapes as of `viditq::linear_w8a8`. Raises ValueError as `matmul_s8s8` does.
+    """
+    if x_MK.device.type != "cpu" or int8_gemm.unavailable() or 0 in (x_MK.numel(), w_NK.shape[0]):
+        return linear_epilogue(matmul_s8s8(x_MK, w_NK, bits), x_scale, w_scale, bias, torch.float32)
+    check_operands(x_MK, w_NK, bits)
+    packed = blocked_weight(w_NK, layout(bits))
+    scales = (x_scale.to(torch.float32).reshape(-1).contiguous(), w_scale.to(torch.float32).contiguous())
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    y_MN = int8_gemm.linear(x_MK.reshape(-1, x_MK.shape[-1]), scales[0], packed, scales[1], bias, bits)
+    return y_MN.reshape(*x_MK.shape[:-1], w_NK.shape[0])
+
+
+def _linear_samples(device: torch.device) -> Iterator[Sample]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    for number, sample in enumerate(_samples(device)):
+        x, w, bits = sample.args
+        x_scale = torch.rand(*x.shape[:-1], 1, generator=gen, device=device)
+        w_scale = torch.rand(w.shape[0], generator=gen, device=device)
+        bias = (
+            torch.randn(w.shape[0], generator=gen, device=device).to(torch.bfloat16) if number % 2 else None
+        )
+        yield Sample(label=sample.label, args=(x, x_scale, w, w_scale, bias, bits))
+
+
 def _samples(device: torch.device) -> Iterator[Sample]:
     gen = torch.Generator(device=device).manual_seed(0)
     for bits in int8_gemm.BITS:
@@ -88,5 +125,16 @@ MATMUL_S8S8 = register(
         reference=matmul_s8s8,
         fake=lambda x, w, bits: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32),
         samples=_samples,
+    )
+)
+LINEAR_S8S8 = register(
+    QuantOp(
+        name="linear_s8s8",
+        schema="(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor? bias, int bits) -> Tensor",
+        reference=linear_s8s8,
+        fake=lambda x, x_scale, w, w_scale, bias, bits: x.new_empty(
+            (*x.shape[:-1], w.shape[0]), dtype=torch.float32
+        ),
+        samples=_linear_samples,
     )
 )
