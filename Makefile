@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | tr ' '
 SEAM := tests/lowering tests/triton_templates tests/ops tests/passes tests/test_backend.py tests/test_release.py \
 	tests/test_weights_state.py
 
-.PHONY: help demo test test-quick test-browser test-torch211 test-seam lint bench clean
+.PHONY: help demo test test-quick test-browser test-torch211 test-seam assemble lint bench clean
 
 help:
 	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-quick  the part that takes about two minutes"
 	@echo "make test-browser  the explain page in headless Chromium (needs chromium and chromedriver)"
 	@echo "make test-torch211  the tests of the seam with torch, on torch 2.11 and Triton 3.6"
+	@echo "make assemble    every Triton kernel for sm_80, 89, 90, 100: registers, spills, matrix instructions (no GPU)"
 	@echo "make lint        ruff, pyright, import contracts"
 	@echo "make bench       benchmarks/cpu.py: int8 against fp32 and the CPU peers"
 
@@ -47,6 +48,9 @@ test-torch211:
 
 test-seam: $(STAMP)
 	$(BIN)/python -m pytest $(SEAM)
+
+assemble: $(STAMP)
+	PYTHONPATH=tests:. $(BIN)/python -W ignore -m nogpu.table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

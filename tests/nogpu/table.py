@@ -1,0 +1,118 @@
+"""Assemble every kernel for every architecture and print what the assembler says: `make assemble`.
+
+    python -m nogpu.table [--only attention] [--arch 90]
+
+One row for each kernel, architecture and config: registers of a thread, shared memory of a block, spills, and the
+matrix instructions of the machine code. Exits 1 if a config spills, or runs without a matrix instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from nogpu.assemble import Assembly, assemble
+from nogpu.fake_cuda import missing
+
+from viditq_fx.triton_templates import attention_int8, linear_w8a8
+
+LINEAR_SIGNATURE = {
+    "x_ptr": "*i8",
+    "x_scale_ptr": "*fp32",
+    "w_ptr": "*i8",
+    "w_scale_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "M": "i32",
+}
+STRIDES = [f"{t}_stride_{d}" for t, dims in (("v", "bhl"), ("mask", "bhqk"), ("out", "bhl")) for d in dims]
+ATTENTION_SIGNATURE = {
+    **{"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_ptr": "*i8", "k_scale_ptr": "*fp32"},
+    **{"v_ptr": "*bf16", "mask_ptr": "*i1", "out_ptr": "*bf16", "lse_ptr": "*fp32", "scale": "fp32"},
+    **dict.fromkeys(("HEADS", "GROUP", "LQ", "LK", *STRIDES), "i32"),
+}
+HEAD_WIDTHS = (64, 128, 256)
+"""The widest head of each class in `attention_int8.CONFIGS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kernel with one config on one architecture."""
+
+    kernel: str
+    arch: int
+    label: str
+    run: Callable[[], Assembly]
+
+
+def linear(arch: int, config: Any, depth: int = 1152, width: int = 1152) -> Assembly:
+    """The W8A8 GEMM with a bias, M dynamic."""
+    fixed = linear_w8a8.constants(config, None, width, depth)
+    fixed |= {"N": width, "K": depth, "HAS_BIAS": True, "INDEX_DTYPE": tl.int32}
+    options = {"warps": config.num_warps, "stages": config.num_stages}
+    return assemble(linear_w8a8.linear_w8a8_kernel, LINEAR_SIGNATURE, fixed, arch, **options)
+
+
+def attention(
+    arch: int, config: Any, head: int, *, masked: bool = False, causal: bool = False, lse: bool = False
+) -> Assembly:
+    """The int8 attention, both lengths dynamic."""
+    mask = torch.ones(1, dtype=torch.bool) if masked else None
+    fixed = attention_int8.constants(config, head, head, mask, causal) | {"HAS_LSE": lse}
+    options = {"warps": config.num_warps, "stages": config.num_stages}
+    return assemble(attention_int8.attention_int8_kernel, ATTENTION_SIGNATURE, fixed, arch, **options)
+
+
+def cases() -> Iterator[Case]:
+    """Every config that the lowering may choose."""
+    for arch, shape, configs in linear_w8a8.TEMPLATE.configs:
+        for config in configs:
+            label = f"{shape} {config} s{config.num_stages} w{config.num_warps}"
+            yield Case(
+                kernel="linear_w8a8", arch=arch, label=label, run=lambda a=arch, c=config: linear(a, c)
+            )
+    for (arch, masked), by_width in attention_int8.CONFIGS.items():
+        for head, config in zip(HEAD_WIDTHS, by_width, strict=True):
+            kind = f"head {head}{', mask' if masked else ''}"
+            label = f"{kind} {config} s{config.num_stages} w{config.num_warps}"
+            yield Case(
+                kernel="attention_int8",
+                arch=arch,
+                label=label,
+                run=lambda a=arch, c=config, h=head, m=masked: attention(a, c, h, masked=m),
+            )
+
+
+def main() -> int:
+    """0: every kernel assembles as it should."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--arch", type=int, help="80, 89, 90 or 100")
+    options = parser.parse_args()
+    if reason := missing():
+        print(f"nothing can be assembled here: {reason}", file=sys.stderr)
+        return 2
+    row = "{:16} {:>6} {:34} {:>9} {:>10} {:>7}  {}"
+    print(row.format("kernel", "arch", "config", "registers", "shared KiB", "spills", "matrix instructions"))
+    bad = 0
+    for case in cases():
+        if options.only not in case.kernel or options.arch not in (None, case.arch):
+            continue
+        found = case.run()
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(found.sass_mma.items()))
+        size = f"{found.shared_bytes / 1024:.0f}"
+        cells = (case.kernel, f"sm_{case.arch}", case.label, found.registers, size, found.spills, kinds)
+        print(row.format(*cells), flush=True)
+        bad += bool(found.spills or not kinds)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
