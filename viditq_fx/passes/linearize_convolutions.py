@@ -95,7 +95,10 @@ class _Layout:
                 for user in list(conv.users):
                     self._cancel(user, conv, linear, result)
             if conv.users:
-                conv.replace_all_uses_with(self._image(result, channel, conv))
+                made = self._image(result, channel, conv)
+                # What writes the convolution's result now writes these: no later look at them may be moved.
+                self.written |= {*aliased_chain(made)} if conv in self.written else set()
+                conv.replace_all_uses_with(made)
         image = conv.args[0]
         self.graph.erase_node(conv)
         self._erase_idle(image)
