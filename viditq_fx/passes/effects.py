@@ -163,6 +163,11 @@ def is_hidden_write(node: fx.Node) -> bool:
     )
 
 
+def may_alias(node: fx.Node) -> bool:
+    """Whether a node's result may share memory with its first argument though it writes nothing."""
+    return op_name(node) in _MAY_ALIAS
+
+
 def aliased_chain(node: fx.Node) -> Iterator[fx.Node]:
     """`node`, and what it may be a view of, innermost last."""
     while True:
@@ -170,7 +175,7 @@ def aliased_chain(node: fx.Node) -> Iterator[fx.Node]:
         first = node.args[0] if node.args else node.kwargs.get("input")
         if node.op not in {"call_function", "call_method"} or not isinstance(first, fx.Node):
             return
-        if op_name(node) not in _MAY_ALIAS and not is_mutation(node):
+        if not may_alias(node) and not is_mutation(node):
             return
         node = first
 
