@@ -3,7 +3,7 @@
     def modulated(x, scale, shift):
         return quantized(layer_norm(x) * (one() + scale) + shift)
 
-A pattern matches up to: the operands' order of + and *, operator or function or method, casts and
+A pattern matches up to: the operands' order of + and *, operator or function or method, float casts and
 views that change no size, keyword or position, dropout that is idle. Variables bind any node, so it does
 not matter whether a `scale` came from chunk, split, unbind or an index. Names of modules never decide.
 """
