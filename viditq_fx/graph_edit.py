@@ -36,7 +36,7 @@ def call(
     for key in _INHERITED:
         if key in like.meta:
             node.meta[key] = like.meta[key]
-    fake_mode = _fake_mode(node)
+    fake_mode = fake_mode_of(node)
     values, named = fx.map_arg(args, example), fx.map_arg(kwargs, example)
     with fake_mode, torch.no_grad():
         node.meta["example_value"] = (fake or target)(*values, **named)
@@ -53,7 +53,8 @@ def getitem(graph: fx.Graph, node: fx.Node, index: int, like: fx.Node) -> fx.Nod
     return item
 
 
-def _fake_mode(node: fx.Node) -> Any:
+def fake_mode_of(node: fx.Node) -> Any:
+    """The fake mode of a node's inputs."""
     for source in node.all_input_nodes:
         value = example(source)
         for tensor in value if isinstance(value, tuple) else (value,):

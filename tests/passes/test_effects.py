@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.small_models import capture, context, count, relative_error
-from viditq_fx.passes.base import Reject
+from viditq_fx.passes.base import Match, Reject
 from viditq_fx.passes.effects import write_roots
 from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
@@ -267,4 +267,72 @@ def test_an_operand_written_after_the_norm_is_not_read_late(program):
         for result in step.run(graph.gm, graph.ctx):
             assert isinstance(result, Reject)
             assert "may be written in place by" in result.reason
+    assert all(torch.equal(a, b) for a, b in zip(graph.run(), before, strict=True))
+
+
+def activated_in_place(activate, is_read):
+    """An activation that writes its input; something reads the input afterwards, or nothing does."""
+
+    class FeedForward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            hidden = self.up(x)
+            activated = activate(hidden)
+            return self.down(activated), hidden * 2 if is_read else x
+
+    return FeedForward().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("activate", [nn.SiLU(inplace=True), nn.ReLU(inplace=True)])
+@pytest.mark.parametrize("is_read", [True, False])
+def test_an_activation_in_place_is_folded_where_nothing_else_sees_it(activate, is_read):
+    torch.manual_seed(0)
+    graph = prepared(
+        activated_in_place(activate, is_read), torch.randn(2, 20, 64), upto="fuse_activation_quantize"
+    )
+    before = graph.run()
+    (result,) = FuseActivationQuantize().run(graph.gm, graph.ctx)
+    assert isinstance(result, Reject) == is_read, result
+    assert max(relative_error(a, b) for a, b in zip(graph.run(), before, strict=True)) < 1e-5
+
+
+def test_adaln_in_place_is_folded():
+    """Each write goes into memory that the pattern itself made; then a pass looks for writes behind it."""
+
+    def program(x, w, scale, shift):
+        h = F.layer_norm(x, (64,))
+        h *= 1 + scale
+        h += shift
+        return F.linear(h, w) + F.linear(F.silu(x), w)
+
+    gen = torch.Generator().manual_seed(0)
+    shapes = (2, 20, 64), (64, 64), (64,), (64,)
+    graph = prepared(program, *(torch.randn(s, generator=gen) for s in shapes), upto="fuse_norm_quantize")
+    before = graph.run()
+    for step, matches in ((FuseNormQuantize(), 1), (FuseActivationQuantize(), 1)):
+        results = step.run(graph.gm, graph.ctx)
+        assert [type(result) for result in results].count(Match) == matches, results
+    assert relative_error(graph.run()[0], before[0]) < 1e-5
+
+
+def gate_accumulates(x, weight):
+    gate = F.linear(x, weight)
+    whole = gate[:, 1:]
+    gate *= F.silu(x)
+    return gate, whole
+
+
+def test_a_write_that_a_view_shows_is_not_folded_away():
+    def program(x, weight):
+        h, view = gate_accumulates(x, weight)
+        return F.linear(h, weight), view
+
+    gen = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 20, 64, generator=gen), torch.randn(64, 64, generator=gen)
+    graph = prepared(program, *inputs, upto="fuse_activation_quantize")
+    before = graph.run()
+    assert not [r for r in FuseActivationQuantize().run(graph.gm, graph.ctx) if isinstance(r, Match)]
     assert all(torch.equal(a, b) for a, b in zip(graph.run(), before, strict=True))

@@ -1,12 +1,14 @@
 """Projections that read one input run as one wide GEMM: the same numbers bit for bit, weights still inputs."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import viditq_fx as vq
-from tests.small_models import capture, context, count, relative_error, tiny_dit, tiny_inputs
+from tests.small_models import capture, context, count, relative_error, targets, tiny_dit, tiny_inputs
 from viditq_fx import ops
 from viditq_fx.ops.packed_weights import joined_bias, packed_bytes, packed_group, packed_weight
 from viditq_fx.passes.fuse_shared_input import FuseSharedInput
@@ -200,3 +202,68 @@ def test_blocks_that_read_one_text_are_not_joined_with_each_other():
 
     _, _, groups = joined_paths(Cross(), torch.randn(2, 20, K), torch.randn(2, 24, K))
     assert groups == [["blocks.0.1", "blocks.0.2"], ["blocks.1.1", "blocks.1.2"]]
+
+
+def across_rows(x, q, k, v):
+    return q.view(-1) * 2, k.unflatten(-1, (4, -1)).transpose(1, 2).mT, v.view(len(v), -1) * 3
+
+
+def transposed(x, q, k, v):
+    return q.transpose(0, 1), k * 2, v * 2
+
+
+def attended(x, q, k, v):
+    return torch.ops.viditq_layouts.rows(q), k.view(*k.shape[:-1], 4, 16) * 2, v.mul_(2) + 1
+
+
+LIBRARY = torch.library.Library("viditq_layouts", "FRAGMENT")
+LIBRARY.define("rows(Tensor x) -> Tensor")
+LIBRARY.impl("rows", lambda x: x.view(-1, 16) * 2, "CompositeExplicitAutograd")
+torch.library.register_fake("viditq_layouts::rows", lambda x: x.new_empty(x.numel() // 16, 16), lib=LIBRARY)
+
+
+class ReadAs(Projections):
+    def __init__(self, use):
+        super().__init__(widths=(64, 64, 64))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(x, *(part(x) for part in self.parts))
+
+
+@pytest.mark.parametrize(("use", "copies"), [(across_rows, 3), (transposed, 1), (attended, 1)])
+def test_a_part_is_copied_where_its_reader_wants_memory_of_its_own(use, copies):
+    """A slice of the wide result has other strides than the projection's own: `view` across them raises."""
+    model, x = ReadAs(use).eval().requires_grad_(False), torch.randn(2, 20, K)
+    gm, _, groups = joined_paths(model, x)
+    assert [len(group) for group in groups] == [3]
+    assert targets(gm).count("clone") == copies
+    want = model(x)
+    for got, wanted in zip(torch.compile(model, backend="viditq", fullgraph=True)(x), want, strict=True):
+        assert got.stride() == wanted.stride()
+        assert relative_error(got, wanted) < 0.02
+
+
+def test_a_graph_break_hands_out_what_the_model_would():
+    class Broken(Projections):
+        def forward(self, x):
+            q, k, v = super().forward(x)
+            torch._dynamo.graph_break()
+            return q.view(-1, 16), k.view(-1), v.view(len(x), -1)
+
+    model, x = Broken().eval().requires_grad_(False), torch.randn(2, 20, K)
+    for got, want in zip(torch.compile(model, backend="viditq")(x), model(x), strict=True):
+        assert relative_error(got, want) < 0.02
+
+
+def test_a_bias_that_the_graph_writes_is_not_joined_beforehand():
+    class Drifting(Projections):
+        def forward(self, x):
+            self.parts[1].bias.add_(1)
+            return super().forward(x)
+
+    model, x = Drifting().eval().requires_grad_(False), torch.randn(2, 20, K)
+    eager, call = copy.deepcopy(model), torch.compile(model, backend="viditq")
+    for _ in range(3):
+        for got, want in zip(call(x), eager(x), strict=True):
+            assert relative_error(got, want) < 0.02

@@ -235,14 +235,23 @@ def test_a_weight_that_the_graph_writes_is_refused():
             y := x * 1,
             v := y.view(x.shape),
             a := conv(v),
-            y.view(-1).mul_(3),
+            y[:].mul_(3),
             a + conv(v),
         )[4],
+        lambda conv, x: (y := conv(x), a := conv(y), y.mul_(3), a + conv(y))[3],
+        lambda conv, x: (y := conv(x), h := F.silu(y), y.mul_(3), conv(h) + conv(y))[3],
+        lambda conv, x: (y := x * 1, a := conv(y), y.moveaxis(1, 2).mul_(3), a + conv(y))[3],
+        lambda conv, x: (y := x * 1, a := conv(y), y.swapdims(1, 2).mul_(3), a + conv(y))[3],
+        lambda conv, x: (y := x * 1, a := conv(y), F.dropout2d(y, 0.1, False).mul_(3), a + conv(y))[3],
     ],
-    ids=["result", "view-of-result", "tokens", "copied-tokens", "activated", "read-twice", "view-read-twice"],
+    ids=(
+        "result view-of-result tokens copied-tokens activated read-twice view-read-twice result-read-twice "
+        "result-activated moved-axis swapped-dims idle-dropout"
+    ).split(),
 )
-def test_writes_in_place_keep_their_order(write):
-    conv, x = build(nn.Conv2d, WIDTH, WIDTH, 1), image()
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_writes_in_place_keep_their_order(write, form):
+    conv, x = build(nn.Conv2d, WIDTH, WIDTH, 1), image().to(memory_format=form)
     gm, values = capture_with_values(lambda x: write(conv, x), x.clone())
     ctx = context()
     PassPipeline(passes=(Normalize(), AnnotateSites(), LinearizeConvolutions())).run(gm, ctx)

@@ -220,3 +220,106 @@ def test_learned_queries_are_attention_too():
 
     _, (entry,) = report_of(Resampler(), torch.randn(2, 20, WIDTH))
     assert (entry.prologue, entry.done) == ("cross, spelled as products", "int8-qk")
+
+
+def attend(q, k, v, mask=None, scale=0.2):
+    scores = q @ k.mT * scale
+    return (scores if mask is None else scores + mask).softmax(-1) @ v
+
+
+def one_head(t):
+    return t[:, :1]
+
+
+def queries_written(q, k, v):
+    scores = q @ k.mT
+    q.mul_(0.1)
+    return scores.softmax(-1) @ v + q
+
+
+def scaled_in_place_and_read(q, k, v):
+    whole = q[:, :, :]
+    q *= 0.2
+    return (q @ k.mT).softmax(-1) @ v + whole
+
+
+def mask_collects_scores(q, k, v):
+    mask = torch.zeros(2, HEADS, 20, 20)
+    seen = mask[..., :1]
+    mask += q @ k.mT
+    return mask.softmax(-1) @ v + seen
+
+
+SDPA = F.scaled_dot_product_attention
+ROW = torch.randn(20)
+BROADCAST, MASK = "operands of shapes", "a mask of shape"
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        pytest.param(lambda q, k, v: attend(q, one_head(k), one_head(v)), BROADCAST, id="one head of keys"),
+        pytest.param(
+            lambda q, k, v: SDPA(q, one_head(k), one_head(v)), BROADCAST, id="one head of keys, called"
+        ),
+        pytest.param(lambda q, k, v: attend(q, k[:1], v[:1]), BROADCAST, id="one sample of keys"),
+        pytest.param(lambda q, k, v: SDPA(q[:1], k, v), BROADCAST, id="one sample of queries"),
+        pytest.param(lambda q, k, v: attend(q, k, v[0]), BROADCAST, id="values of lower rank"),
+        pytest.param(lambda q, k, v: attend(q, k, v, ROW), MASK, id="mask of keys"),
+        pytest.param(lambda q, k, v: attend(q, k, v, ROW.sum()), MASK, id="mask of one number"),
+        pytest.param(
+            lambda q, k, v: attend(q[:1], k[:1], v[:1], ROW.expand(2, 1, 20, 20)), MASK, id="more masks"
+        ),
+        pytest.param(
+            lambda q, k, v: attend(q, k, v, PENALTY > 0), "bool mask that is added", id="bool added"
+        ),
+        pytest.param(queries_written, "written in place", id="queries written"),
+        pytest.param(scaled_in_place_and_read, "writes in place", id="queries scaled in place"),
+        pytest.param(mask_collects_scores, "writes in place", id="mask written"),
+        pytest.param(
+            lambda q, k, v: (q @ k.mT).softmax(-1).mul(9).to(torch.int32).to(v.dtype) @ v,
+            "no softmax attention that we know",
+            id="probabilities rounded",
+        ),
+    ],
+)
+def test_forms_that_the_op_does_not_have_stay(attend, reason):
+    torch.manual_seed(0)
+    model, x = Attention(attend), torch.randn(2, 20, WIDTH)
+    gm, entries = report_of(model, x)
+    assert "attention_int8" not in targets(gm)
+    assert entries
+    assert all(reason in entry.reason for entry in entries), entries
+
+
+def upcast(q, k, v):
+    return (q.float() @ k.float().mT * 0.2).softmax(-1).to(v.dtype) @ v
+
+
+def scores_written(q, k, v):
+    scores = q @ k.mT * 0.2
+    scores += PENALTY
+    return scores.softmax(-1) @ v
+
+
+def autocast(q, k, v):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        heads = SDPA(q, k, v)
+    return (heads @ torch.eye(WIDTH // HEADS, dtype=torch.bfloat16)).to(q.dtype)
+
+
+@pytest.mark.parametrize(
+    ("attend", "dtype"),
+    [(upcast, torch.bfloat16), (autocast, torch.float32), (scores_written, torch.float32)],
+)
+def test_the_result_has_the_dtype_and_values_that_the_model_gives_it(attend, dtype, monkeypatch):
+    """What follows, here in full precision, may take no other dtype."""
+    torch.manual_seed(0)
+    model = Attention(attend).to(dtype).eval().requires_grad_(False)
+    x = torch.randn(2, 20, WIDTH, dtype=dtype)
+    _, (entry,) = report_of(model, x, keep=("out",))
+    assert entry.done == "int8-qk"
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    got = torch.compile(model, backend="viditq", options={"attention": "int8", "keep": ["out"]})(x)
+    assert got.dtype == dtype
+    assert relative_error(got, model(x)) < 0.02

@@ -137,6 +137,12 @@ REFUSED = {
     "scale makes it larger": (lambda x, w: F.linear(F.layer_norm(x, (K,)) * x.new_ones(3, 1, 1, K), w), 0),
     "scaled by a number": (lambda x, w: F.linear(F.layer_norm(x, (K,)) * 3.0, w), 0),
     "normalised over two dimensions": (lambda x, w: F.linear(F.layer_norm(x, (20, K)), w), 0),
+    "rounded to integers": (lambda x, w: F.linear(F.layer_norm(x, (K,)).to(torch.int32).float(), w), 0),
+    "rounded to fp8": (
+        lambda x, w: F.linear(F.layer_norm(x, (K,)).to(torch.float8_e4m3fn).to(x.dtype), w),
+        0,
+    ),
+    "its bits read": (lambda x, w: F.linear(F.layer_norm(x, (K,)).view(torch.int32).float(), w), 0),
     "a mean over tokens": (
         lambda x, w: F.linear(x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6), w),
         0,

@@ -46,6 +46,9 @@ _MAY_ALIAS = frozenset(
     }
     | {"view_as_real", "view_as_complex", "real", "imag", "dropout", "relu", "to", "float", "type_as", "half"}
     | {"bfloat16", "type", "double", "alias", "split_with_sizes", "hsplit", "vsplit", "ravel", "adjoint"}
+    | {"swapdims", "moveaxis", "broadcast_to", "dsplit", "unsafe_chunk", "unsafe_split"}
+    | {"dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
+    | {"atleast_1d", "atleast_2d", "atleast_3d", "cpu", "cuda", "positive", "conj", "resolve_conj"}
 )
 """Results that may share memory with the first argument; casts do where the dtype is the same already."""
 
@@ -113,12 +116,17 @@ def may_write(node: fx.Node, value: fx.Node, order: dict[fx.Node, int]) -> bool:
     """
     for target in written_inputs(node):
         *_, root = aliased_chain(target)
-        fresh = (
-            op_name(root) in _FRESH and root.op in {"call_function", "call_method"} and not is_mutation(root)
-        )
-        if not (fresh and order[root] > order[value]):
+        if not (_makes_memory(root) and order[root] > order[value]):
             return True
     return False
+
+
+def _makes_memory(node: fx.Node) -> bool:
+    """Whether a node's result is memory of its own."""
+    if node.op not in {"call_function", "call_method"} or is_mutation(node):
+        return False
+    ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "viditq"
+    return ours or op_name(node) in _FRESH
 
 
 class Writes:
@@ -137,11 +145,27 @@ class Writes:
         values = tuple(values)
         if any(node not in self._order for node in (start, end, *values)):  # a pass has inserted some
             self._order = {node: index for index, node in enumerate(self._graph.nodes)}
+            self._nodes = [node for node in self._nodes if node in self._order]  # a pass has erased some
         order = self._order
         for node in self._nodes:
             if order[start] < order[node] < order[end] and any(may_write(node, v, order) for v in values):
                 return node
         return None
+
+
+def is_hidden_write(node: fx.Node) -> bool:
+    """Whether nothing but what reads the node's result sees what it writes: it may go when its result does."""
+    targets = written_inputs(node)
+    return bool(targets) and all(
+        list(target.users) == [node]
+        and (is_hidden_write(target) if is_mutation(target) else _makes_memory(target))
+        for target in targets
+    )
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether a node's result may share memory with its first argument though it writes nothing."""
+    return op_name(node) in _MAY_ALIAS
 
 
 def aliased_chain(node: fx.Node) -> Iterator[fx.Node]:
@@ -151,7 +175,7 @@ def aliased_chain(node: fx.Node) -> Iterator[fx.Node]:
         first = node.args[0] if node.args else node.kwargs.get("input")
         if node.op not in {"call_function", "call_method"} or not isinstance(first, fx.Node):
             return
-        if op_name(node) not in _MAY_ALIAS and not is_mutation(node):
+        if not may_alias(node) and not is_mutation(node):
             return
         node = first
 

@@ -4,7 +4,8 @@ y_i = linear_w8a8(xq, s_x, wq_i, s_i, b_i)  ->  y_1, y_2, ... = split(linear_w8a
     with (wq, s) = quantize_per_channel(cat(w_i)),  b = cat(b_i)
 
 q, k and v of one attention, k and v of cross attention, gate and up of a SwiGLU, q, k, v and the MLP of a
-parallel block. The sums are the same integers, so every value stays bit for bit; the results are views.
+parallel block. The sums are the same integers, so every value stays bit for bit; the results are views, copied
+where a reader wants memory of the projection's own (`view` across its last dimension, a graph break).
 `place_weights` then has the parts joined when they are packed, once, and not at every call.
 """
 
@@ -23,7 +24,9 @@ from viditq_fx.ops.quantize import fake_per_channel
 from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import is_parameter, weight_parameter
+from viditq_fx.passes.effects import write_roots
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
+from viditq_fx.passes.layouts import wants_memory_of_its_own
 
 _LINEARS = (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload)
 
@@ -37,8 +40,9 @@ class FuseSharedInput(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
+        written = write_roots(gm.graph)
         for node in gm.graph.nodes:
-            if node.target in _LINEARS and node.name in ctx.sites and _parameter_of(node) is not None:
+            if node.target in _LINEARS and node.name in ctx.sites and _can_join(node, written):
                 groups[_key(node)].append(node)
         results: list[Match | Reject] = []
         for members in (part for group in groups.values() for part in _by_attention(group, ctx)):
@@ -46,6 +50,11 @@ class FuseSharedInput(Pass):
             if len(members) > 1 and len({_parameter_of(m) for m in members}) == len(members):
                 results += _join(gm.graph, members, ctx)
         return tuple(results)
+
+
+def _can_join(node: fx.Node, written: set[fx.Node]) -> bool:
+    """Whether a linear's weight and bias can be joined before the call: both are parameters, written by nothing."""
+    return _parameter_of(node) is not None and node.args[4] not in written
 
 
 def _by_attention(group: list[fx.Node], ctx: PassContext) -> list[list[fx.Node]]:
@@ -134,7 +143,11 @@ def _take_part(
     part.meta[SITE_KEY] = member.meta[SITE_KEY]
     pair = _pair_of(member)
     assert pair is not None
-    member.replace_all_uses_with(part)
+    whole = part
+    if wants_memory_of_its_own(member, example(part)):
+        with graph.inserting_after(part):
+            whole = call(graph, torch.clone, (part,), member, memory_format=torch.contiguous_format)
+    member.replace_all_uses_with(whole)
     entry = ctx.sites.pop(member.name)
     entry.joined = wide[1]
     entry.bytes_packed = entry.width * entry.depth + 4 * entry.width

@@ -21,6 +21,7 @@ from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.convolution import channel_dim, is_pointwise_conv
 from viditq_fx.passes.dataflow import same_size
 from viditq_fx.passes.effects import aliased_chain, is_removable, op_name, write_roots
+from viditq_fx.passes.layouts import same_layout
 from viditq_fx.passes.views import merges_space, permutation, regroup, regrouped_rows, source_of
 
 _ELEMENTWISE = frozenset({"mul", "silu", "gelu", "relu", "sigmoid"})
@@ -95,7 +96,10 @@ class _Layout:
                 for user in list(conv.users):
                     self._cancel(user, conv, linear, result)
             if conv.users:
-                conv.replace_all_uses_with(self._image(result, channel, conv))
+                made = self._image(result, channel, conv)
+                # What writes the convolution's result now writes these: no later look at them may be moved.
+                self.written |= {*aliased_chain(made)} if conv in self.written else set()
+                conv.replace_all_uses_with(made)
         image = conv.args[0]
         self.graph.erase_node(conv)
         self._erase_idle(image)
@@ -175,7 +179,7 @@ class _Layout:
         dims = example(conv).dim()
         axes = (*range(channel), dims - 1, *range(channel, dims - 1))
         image = call(self.graph, torch.permute, (result, axes), conv)
-        if _same_layout(example(image), example(conv)):
+        if same_layout(example(image), example(conv)):
             return image
         return call(self.graph, torch.clone, (image,), conv, memory_format=torch.contiguous_format)
 
@@ -193,11 +197,3 @@ class _Layout:
 
 def _to_last(dims: int, channel: int) -> tuple[int, ...]:
     return (*range(channel), *range(channel + 1, dims), channel)
-
-
-def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory alike; the stride of a dimension of size 1 says nothing."""
-    return all(
-        same_size(size, 1) or same_size(one, other)
-        for size, one, other in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )

@@ -3,7 +3,7 @@
     def modulated(x, scale, shift):
         return quantized(layer_norm(x) * (one() + scale) + shift)
 
-A pattern matches up to: the operands' order of + and *, operator or function or method, casts and
+A pattern matches up to: the operands' order of + and *, operator or function or method, float casts and
 views that change no size, keyword or position, dropout that is idle. Variables bind any node, so it does
 not matter whether a `scale` came from chunk, split, unbind or an index. Names of modules never decide.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from torch import fx
 
 from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.effects import Writes
+from viditq_fx.passes.effects import Writes, is_hidden_write, is_mutation, written_inputs
 from viditq_fx.passes.spelling import constant, see_through, spelling
 from viditq_fx.site import Site
 
@@ -267,14 +267,26 @@ def _declined(found: Found, writes: Writes, moved: Container[fx.Node]) -> str | 
     reader = found.read_outside(moved)
     if reader is not None:
         return f"a value inside the pattern is also read by {reader.name}"
-    if any(node in writes.roots for node in found.interior):
-        return "a value inside the pattern is written in place"
-    # The replacement stands at the root: it reads the operands later than the nodes inside did.
     operands = [v for v in (*found.values.values(), *_attributes(found)) if isinstance(v, fx.Node)]
-    writers = (writes.between(node, found.root, operands) for node in found.interior)
+    return why_written(found.root, found.interior, operands, writes)
+
+
+def why_written(
+    root: fx.Node, interior: Sequence[fx.Node], operands: Sequence[fx.Node], writes: Writes
+) -> str | None:
+    """Why writes forbid one op at `root`, of these operands, in place of the nodes `interior`; None if none does."""
+    inside = set(interior)
+    for node in interior:
+        if is_mutation(node) and not is_hidden_write(node):
+            return f"{node.name} writes in place what others may read"
+        hidden = any(u in inside and node in written_inputs(u) and is_hidden_write(u) for u in node.users)
+        if node in writes.roots and not hidden:
+            return "a value inside the pattern is written in place"
+    # The replacement stands at the root: it reads the operands later than the nodes inside did.
+    writers = (writes.between(node, root, operands) for node in interior)
     writer = next(filter(None, writers), None)
     if writer is not None:
-        return f"an operand may be written in place by {writer.name}, before {found.root.name}"
+        return f"an operand may be written in place by {writer.name}, before {root.name}"
     return None
 
 

@@ -22,8 +22,9 @@ from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node, hint
 from viditq_fx.passes.attention_form import FORM_KEY, PART_KEY, AttentionForm, is_sdpa, read_attention
 from viditq_fx.passes.attention_spelled import SpelledAttention, read_spelled
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
-from viditq_fx.passes.dataflow import DataFlow
-from viditq_fx.passes.effects import op_name
+from viditq_fx.passes.dataflow import DataFlow, same_size
+from viditq_fx.passes.effects import Writes, op_name
+from viditq_fx.passes.pattern import why_written
 from viditq_fx.passes.policy import keeps
 from viditq_fx.passes.spelling import arguments, constant
 from viditq_fx.report import SiteReport
@@ -44,13 +45,14 @@ class AnnotateAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
         flow: DataFlow | None = None
+        writes = Writes(gm.graph)
         for node in gm.graph.nodes:
             if node.name in ctx.sites or not (is_sdpa(node) or read_spelled(node)):
                 continue
             flow = flow or DataFlow(gm.graph)
             form = read_attention(node, flow)
             if form is not None:
-                results.append(_annotate(node, form, ctx))
+                results.append(_annotate(node, form, ctx, writes))
         return tuple(results)
 
 
@@ -74,7 +76,7 @@ class QuantizeAttention(Pass):
                 fused = call(gm.graph, ops.ATTENTION_INT8.overload, (*operands, *options), node)
             fused.meta[SITE_KEY], fused.meta[FORM_KEY] = node.meta[SITE_KEY], form
             spelled = read_spelled(node)
-            node.replace_all_uses_with(fused)
+            node.replace_all_uses_with(_as_dtype(gm.graph, fused, node))
             gm.graph.erase_node(node)
             for idle in spelled.interior if spelled else ():
                 if not idle.users:
@@ -98,7 +100,16 @@ def _operands(graph: fx.Graph, node: fx.Node) -> tuple[object, ...]:
     return spelled.query, key, spelled.value, spelled.mask
 
 
-def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext) -> Match | Reject:
+def _as_dtype(graph: fx.Graph, fused: fx.Node, node: fx.Node) -> fx.Node:
+    """The op's result, in queries' dtype, as what it replaces has it: scores may be upcast, autocast chooses."""
+    dtype = example(node).dtype
+    if example(fused).dtype == dtype:
+        return fused
+    with graph.inserting_before(node):
+        return call(graph, torch.ops.aten.to.dtype, (fused, dtype), node)
+
+
+def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext, writes: Writes) -> Match | Reject:
     site = Site(fqn_of_node(node), ROLE)
     entry = _describe(node, form)
     node.meta[SITE_KEY], node.meta[FORM_KEY] = site, form
@@ -110,7 +121,7 @@ def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext) -> Match | R
     entry.reason = _reason_to_keep(entry, node, ctx)
     if entry.reason is None:
         entry.planned = SCHEME
-        entry.reason = _why_impossible(form) or _why_open(spelled)
+        entry.reason = _why_impossible(form) or _why_misshapen(form) or _why_open(spelled, writes)
     return (
         Match(site=site, detail=str(form)) if entry.reason is None else Reject(site=site, reason=entry.reason)
     )
@@ -157,6 +168,35 @@ def _why_impossible(form: AttentionForm) -> str | None:
     return None
 
 
-def _why_open(spelled: SpelledAttention | None) -> str | None:
-    reader = spelled.read_outside() if spelled is not None else None
-    return f"its scores or probabilities are also read by {op_name(reader)}" if reader is not None else None
+def _why_misshapen(form: AttentionForm) -> str | None:
+    """Torch broadcasts operands and masks in more ways than the op does."""
+    q, k, v = (example(operand).shape for operand in (form.query, form.key, form.value))
+    shared = -3 if form.enable_gqa else -2
+    one_batch = all(len(q) == len(s) and all(map(same_size, q[:shared], s[:shared])) for s in (k, v))
+    if not one_batch or not all(map(same_size, k[:-2], v[:-2])):
+        shapes = ", ".join(str(list(shape)) for shape in (q, k, v))
+        return (
+            f"operands of shapes {shapes}: those of one batch and as many heads (or enable_gqa) are quantized"
+        )
+    if form.mask is None:
+        return None
+    mask, scores = example(form.mask), (*q[:-1], v[-2])
+    fits = 2 <= mask.dim() <= len(scores) and all(
+        same_size(size, 1) or same_size(size, whole)
+        for size, whole in zip(reversed(mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        return f"a mask of shape {list(mask.shape)} over scores {list(scores)}: [..., Lq or 1, Lk or 1] is honoured"
+    if form.spelled and mask.dtype == torch.bool:
+        return "a bool mask that is added: as a number, not as what takes part"
+    return None
+
+
+def _why_open(spelled: SpelledAttention | None, writes: Writes) -> str | None:
+    if spelled is None:
+        return None
+    reader = spelled.read_outside()
+    if reader is not None:
+        return f"its scores or probabilities are also read by {op_name(reader)}"
+    operands = [n for n in (spelled.query, spelled.key, spelled.value, spelled.mask) if n is not None]
+    return why_written(spelled.root, spelled.interior, operands, writes)

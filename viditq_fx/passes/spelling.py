@@ -30,6 +30,7 @@ class Spelled:
 
 _CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "type", "contiguous", "clone"})
 _SHAPES = frozenset({"view", "reshape", "squeeze", "unsqueeze", "flatten", "expand", "view_as", "reshape_as"})
+_ROUNDED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _BINARY = {
     **dict.fromkeys(("add", "iadd"), "add"),
     **dict.fromkeys(("mul", "imul", "multiply"), "mul"),
@@ -137,9 +138,21 @@ def see_through(value: Any, passed: list[fx.Node]) -> Any:
             break
         if name not in _CASTS and not (name in _SHAPES and _same_shape(value, source)):
             break
+        if not _same_numbers(value, source):
+            break
         passed.append(value)
         value = source
     return value
+
+
+def _same_numbers(a: fx.Node, b: fx.Node) -> bool:
+    """Whether a cast changes values by the rounding of a float alone: one to integers or fp8 computes something."""
+    one_, other = example(a), example(b)
+    if not isinstance(one_, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    if one_.device != other.device:
+        return False
+    return one_.dtype == other.dtype or {one_.dtype, other.dtype} <= _ROUNDED
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
