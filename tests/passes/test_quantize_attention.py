@@ -179,7 +179,7 @@ def test_a_wrong_mode_is_a_clear_error():
 
 def test_an_attention_spelled_as_products_counts_once_and_gives_roles():
     model, x = Attention(products), torch.randn(2, 20, WIDTH)
-    gm, (entry,) = report_of(model, x, attention="auto")
+    _, (entry,) = report_of(model, x, attention="auto")
     _, (called,) = report_of(Attention(FORMS["positional"][0]), x, attention="auto")
     assert (entry.flops, entry.rows, entry.width) == (called.flops, called.rows, called.width)
     assert entry.done is None
