@@ -93,7 +93,13 @@ def test_keep_scheme_and_strict():
 
 @pytest.mark.parametrize(
     ("kwargs", "kind"),
-    [({"scheme": "w1a1"}, SchemeError), ({"keep": 5}, OptionError), ({"args": ()}, ViditqError)],
+    [
+        ({"scheme": "w1a1"}, SchemeError),
+        ({"keep": 5}, OptionError),
+        ({"args": ()}, ViditqError),
+        ({"args": torch.ones(2, 3)}, ViditqError),
+        ({"kwargs": (1,)}, ViditqError),
+    ],
 )
 def test_wrong_arguments_change_nothing(kwargs, kind):
     model = tiny_dit(1)
