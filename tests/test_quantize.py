@@ -108,6 +108,20 @@ def test_wrong_arguments_change_nothing(kwargs, kind):
     assert not int8_layers(model)
 
 
+def test_the_report_prints_as_one_line_a_site():
+    report = quantized(keep="blocks.0.down")[3]
+    report.rejects.append("lost: no graph showed it")
+    first, *lines, last = str(report).splitlines()
+    assert (
+        first
+        == f"{sum(s.done == 'w8a8' for s in report.sites)} of {len(report.sites)} linears in w8a8 on cpu"
+    )
+    assert len(lines) == len(report.sites)
+    assert "blocks.0.down (ffn.down): kept by pattern 'blocks.0.down'" in lines
+    assert "blocks.0.up (ffn.up): w8a8" in lines
+    assert last == "refused: lost: no graph showed it"
+
+
 def test_not_a_module():
     with pytest.raises(ViditqError, match=r"expected a torch\.nn\.Module"):
         vq.quantize_("model", tiny_inputs())
