@@ -394,10 +394,8 @@ def test_each_pass_is_in_the_structured_trace(tmp_path):
 
 
 def test_a_pattern_that_names_nothing_is_told():
-    with (
-        torch.no_grad(),
-        pytest.warns(UserWarning, match=r"keep='blocks\.7\.\*' names none of the \d+ linears"),
-    ):
+    told = r"keep='blocks\.7\.\*' names none of the \d+ linears.*roles here are .*attn\.out"
+    with torch.no_grad(), pytest.warns(UserWarning, match=told):
         compiled(tiny_dit(1), options={"keep": ["blocks.7.*", "blocks.0.q"]})(*tiny_inputs())
 
 

@@ -1,5 +1,6 @@
 """The command line: what each command prints and writes, and one clear line for every user's mistake."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -48,6 +49,13 @@ def one():
 
 def uncallable():
     return Wrong(), {}
+
+class Attends(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+def attends():
+    return Attends(), {"x": torch.ones(2, 4, 40, 32)}
 
 def swapped():
     return Block(), {"x": 1}, ()
@@ -105,6 +113,10 @@ def test_help_is_quick_because_torch_is_not_imported():
         assert command in done.stdout
 
 
+def test_version(run):
+    assert run("--version") == (0, f"viditq_fx {importlib.metadata.version('viditq_fx')}\n", "")
+
+
 def test_without_typer_the_message_says_what_to_install():
     script = "import sys\nsys.modules['typer'] = None\nfrom viditq_fx.cli import main\nmain()\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -128,7 +140,9 @@ def test_without_typer_the_message_says_what_to_install():
         (["explain", "digits", "--scheme", "int8"], ["int8", "w8a8"]),
         (["explain", "digits", "--weights", "burn"], ["burn", "release"]),
         (["explain", "nonsense"], ["nonsense", "package.module:function"]),
+        (["explain", "digits", "--attention", "int4"], ["int4", "keep"]),
         (["explain", "no_such_module_xyz:f"], ["no_such_module_xyz"]),
+        (["explain", "folder/my_file.py:f"], ["not a file's", "my_model:make"]),
         (["explain", "json:no_such_function"], ["no_such_function"]),
         (["nonsense"], ["nonsense"]),
         (["demo", "--nonsense"], ["--nonsense"]),
@@ -279,6 +293,13 @@ def test_explain_into_a_file(run, targets):
     assert_one_line_error(outcome, "report.json", "No such file")
 
 
+def test_explain_with_an_option_for_attention(run, targets, eager_inductor):
+    code, out, _ = run("explain", "viditq_targets:attends", "--attention", "keep", "--json")
+    assert code == 0
+    (entry,) = json.loads(out)["attention"]
+    assert (entry["outcome"], entry["reason"]) == ("kept", "kept by option attention='keep'")
+
+
 def test_explain_as_page_picture_and_dot(run, targets, eager_inductor):
     names = {"--html": "page.html", "--svg": "block.svg", "--dot": "block.dot", "--out": "report.json"}
     options = [part for option, name in names.items() for part in (option, targets / name)]
@@ -337,6 +358,25 @@ def test_doctor_fails_without_a_compiler(run, monkeypatch):
     assert "no-such-compiler" in out
     assert "C++ compiler" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_explain_without_a_compiler_is_one_line(run, targets, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no-such-compiler"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    outcome = run("explain", "viditq_targets:two")
+    assert_one_line_error(outcome, "/no-such-compiler", "viditq doctor")
+
+
+def test_what_the_backend_refuses_is_one_line(capsys):
+    class Wrapped(RuntimeError):  # as torch.compile's BackendCompilerFailed
+        inner_exception = SchemeError("no such scheme")
+
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        raise Wrapped("backend='viditq' raised")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "viditq: no such scheme\n"
+    with pytest.raises(ZeroDivisionError), user_errors():  # a bug keeps its traceback
+        raise ZeroDivisionError
 
 
 def test_doctor_stops_at_a_missing_torch(monkeypatch):

@@ -84,6 +84,8 @@ def test_ours_and_inductors_are_told_apart():
         ({"strict": "yes"}, "'strict' is True or False"),
         ({"weights": "drop"}, "'weights' is one of"),
         ({"mode": 3}, "'mode' is the name"),
+        ({"extra_passes": 3}, "'extra_passes' is a list"),
+        ({"extra_templates": 3}, "'extra_templates' is a list"),
         ({3: 4}, "option names are strings"),
         ([("scheme", "w8a8")], "options must be a dict"),
     ],

@@ -93,13 +93,33 @@ def test_keep_scheme_and_strict():
 
 @pytest.mark.parametrize(
     ("kwargs", "kind"),
-    [({"scheme": "w1a1"}, SchemeError), ({"keep": 5}, OptionError), ({"args": ()}, ViditqError)],
+    [
+        ({"scheme": "w1a1"}, SchemeError),
+        ({"keep": 5}, OptionError),
+        ({"args": ()}, ViditqError),
+        ({"args": torch.ones(2, 3)}, ViditqError),
+        ({"kwargs": (1,)}, ViditqError),
+    ],
 )
 def test_wrong_arguments_change_nothing(kwargs, kind):
     model = tiny_dit(1)
     with pytest.raises(kind):
         vq.quantize_(model, **{"args": tiny_inputs(), **kwargs})
     assert not int8_layers(model)
+
+
+def test_the_report_prints_as_one_line_a_site():
+    report = quantized(keep="blocks.0.down")[3]
+    report.rejects.append("lost: no graph showed it")
+    first, *lines, last = str(report).splitlines()
+    assert (
+        first
+        == f"{sum(s.done == 'w8a8' for s in report.sites)} of {len(report.sites)} linears in w8a8 on cpu"
+    )
+    assert len(lines) == len(report.sites)
+    assert "blocks.0.down (ffn.down): kept by pattern 'blocks.0.down'" in lines
+    assert "blocks.0.up (ffn.up): w8a8" in lines
+    assert last == "refused: lost: no graph showed it"
 
 
 def test_not_a_module():

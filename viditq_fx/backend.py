@@ -109,10 +109,12 @@ def _compile_quantized(
 def _warn_unmatched(keep: tuple[str, ...], report: CompileReport) -> None:
     from viditq_fx.passes.policy import unmatched
 
+    roles = ", ".join(sorted({site.role for site in report.sites}))
     for pattern in unmatched(keep, report.sites) if report.sites else ():
         warnings.warn(
             f"viditq: keep={pattern!r} names none of the {len(report.sites)} linears of this graph; paths are "
-            f"relative to what is compiled (a block, under regional compilation), e.g. {report.sites[-1].fqn!r}",
+            f"relative to what is compiled (a block, under regional compilation), e.g. {report.sites[-1].fqn!r}; "
+            f"roles here are {roles}",
             stacklevel=2,
         )
 

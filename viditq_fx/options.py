@@ -65,6 +65,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
         "scheme": QuantScheme.parse,
         "keep": _patterns,
         "extra_passes": partial(_listed, "extra_passes"),
+        "extra_templates": partial(_listed, "extra_templates"),
     }
     ours |= {key: read(ours[key]) for key, read in readers.items() if key in ours}
     for key in ("strict", "plugins"):

@@ -51,6 +51,8 @@ def quantize_(
     if not isinstance(model, nn.Module):
         raise ViditqError(f"quantize_: expected a torch.nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)
+    if isinstance(args, Tensor) or not isinstance(kwargs, Mapping | None):
+        raise ViditqError("quantize_: args is a tuple, args=(x,), and kwargs a dict, kwargs={'t': t}")
     if not args and not kwargs:
         raise ViditqError(
             "quantize_: pass one example call, quantize_(model, args=(...), kwargs={...}): the linears to keep "

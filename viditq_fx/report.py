@@ -85,6 +85,16 @@ class CompileReport:
     declined: list[Declined] = field(default_factory=list)
     """Every Reject of every pass that ran, in order."""
 
+    def __str__(self) -> str:
+        """A line a site, then what was refused; vq.explain has more."""
+        quantized = sum(entry.done is not None for entry in self.sites)
+        lines = [f"{quantized} of {len(self.sites)} linears in {self.scheme} on {self.device}"]
+        lines += [
+            f"{entry.fqn or '(root)'} ({entry.role}): {entry.done or entry.reason or 'full precision'}"
+            for entry in self.sites
+        ]
+        return "\n".join([*lines, *(f"refused: {reason}" for reason in self.rejects)])
+
     def site(self, fqn: str) -> SiteReport:
         """The report of the site with this module path. Raises KeyError when there is none."""
         for entry in self.sites:

@@ -73,6 +73,7 @@ def test_what_was_said_is_not_said_twice(name):
     results, entry = reported(SAID_ALREADY[name])
     assert results == ()
     assert entry.unfused is not None
+    assert entry.unfused.startswith("norm or activation upstream, not fused: ")
     assert "also read by" in entry.unfused
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import shlex
@@ -34,6 +35,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"viditq_fx {importlib.metadata.version('viditq_fx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 @app.command()
@@ -114,6 +131,9 @@ def explain(
             help="keep or release the memory of full-precision weights once packed.  [default: keep]"
         ),
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="auto, int8 or keep: what becomes of attention.  [default: auto]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     out: Annotated[
         Path | None,
@@ -140,7 +160,7 @@ def explain(
         from viditq_fx.inspection.files import check_writable, write_text
         from viditq_fx.options import split_options
 
-        given = {"scheme": scheme, "keep": keep, "weights": weights}
+        given = {"scheme": scheme, "keep": keep, "weights": weights, "attention": attention}
         options = {name: value for name, value in given.items() if value}
         # What is wrong is told now, before the imports, the model and the compiler.
         split_options(options)

@@ -63,6 +63,14 @@ def user_errors() -> Iterator[None]:
         if error.errno is None or (error.filename is None and error.errno != errno.ENOSPC):
             fail(str(error))
         fail(f"cannot write {error.filename or 'the results'}: {error.strerror}")
+    except Exception as error:
+        # torch.compile wraps what a backend raises; its classes are not imported for this.
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, ViditqError):
+            fail(str(inner))
+        if type(inner).__name__ == "InvalidCxxCompiler":
+            fail(f"{inner}; install g++ or set CXX; viditq doctor says what is found")
+        raise
 
 
 _EXTRAS = {"diffusers", "jinja2", "matplotlib"}

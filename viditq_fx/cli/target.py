@@ -53,7 +53,10 @@ def _import(text: str, path: str) -> Any:
     try:
         return importlib.import_module(path)
     except (ImportError, SyntaxError, ValueError) as error:
-        raise TargetError(f"TARGET {text!r}: cannot import {path!r}: {error}") from error
+        hint = "; give a module's name, not a file's: my_model:make for my_model.py here"
+        raise TargetError(
+            f"TARGET {text!r}: cannot import {path!r}: {error}{hint if path.endswith('.py') else ''}"
+        ) from error
 
 
 def _checked(text: str, made: Any) -> Target:

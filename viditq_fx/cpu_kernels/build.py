@@ -64,7 +64,10 @@ def load_library(source: Path) -> ctypes.CDLL:
             _compile((*command, str(source)), target)
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise KernelBuildError(f"{target}: {error}") from error
+        raise KernelBuildError(
+            f"our C++ kernel cannot be kept in {target.parent}, set VIDITQ_CACHE_DIR to a folder that can be written: "
+            f"{error}"
+        ) from error
 
 
 def cache_folder() -> Path:

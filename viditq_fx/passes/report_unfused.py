@@ -33,6 +33,7 @@ _SEEN_THROUGH = frozenset(
 )
 _FAR = 12
 """Ops that it looks through: farther up, a norm belongs to another part of the block."""
+_WHAT = "norm or activation upstream, not fused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +53,12 @@ class ReportUnfused(Pass):
                 path = _nearest(root, kinds - _ARITHMETIC)
                 if path is None:
                     continue
-                reason = root.meta[UNFUSED_KEY] = f"norm or activation upstream, not fused: {_why(path)}"
+                reason = root.meta[UNFUSED_KEY] = f"{_WHAT}: {_why(path)}"
                 results.append(Reject(site=root.meta[SITE_KEY], reason=reason))
+            # What a rewrite said of its match says in the report, too, what it is about.
+            told = reason if reason.startswith(_WHAT) else f"{_WHAT}: {reason}"
             for entry in sites_behind(root, ctx):
-                entry.unfused = entry.unfused or reason
+                entry.unfused = entry.unfused or told
         return tuple(results)
 
 
