@@ -18,7 +18,7 @@ def test_snippet_runs(snippet, tmp_path):
         [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "run in integers (w8a8)" in done.stdout
+    assert "run in integers (w8a8: " in done.stdout
 
 
 def test_there_is_a_snippet():

@@ -51,7 +51,7 @@ def quantize_(
         )
     report = CompileReport(scheme=str(options.scheme), device=_device_of(model))
     plans = _trace(model, args, kwargs or {}, _Capture(options.scheme, options.keep, report))
-    chosen = _choose(model, plans)
+    chosen = _choose(model, plans, options.scheme)
     unseen = _unseen(model, plans, options.keep)
     report.rejects += [f"{fqn}: {_UNSEEN}" for fqn in unseen]
     if options.strict:
@@ -136,7 +136,7 @@ def _fresh_call(model: nn.Module) -> Callable[..., Any]:
     return FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
 
 
-def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
+def _choose(model: nn.Module, plans: _Plans, scheme: QuantScheme) -> dict[str, nn.Linear]:
     """Module path -> linear to replace; entries of what cannot be replaced get their reason."""
     chosen: dict[str, nn.Linear] = {}
     replaceable: set[int] = set()
@@ -162,7 +162,7 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Linear]:
                     None,
                 )
             if entry.done:
-                entry.bytes_packed = entry.depth * entry.width + 4 * entry.width
+                entry.bytes_packed = scheme.weight_form.nbytes(entry.width, entry.depth)
     return chosen
 
 
