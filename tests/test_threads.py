@@ -13,7 +13,9 @@ from tests.small_models import relative_error
 from viditq_fx.ops import blocked, packed_weights
 from viditq_fx.ops.onednn import ZERO_POINTS, matmul_u8s8, onednn_is_exact
 from viditq_fx.ops.packed_weights import packed_weight
+from viditq_fx.scheme import WeightForm
 
+INT8 = WeightForm()
 BITS = 8 if onednn_is_exact(8) else 7
 ERROR = 0.02
 
@@ -42,7 +44,7 @@ def test_one_blocks_while_the_other_is_about_to(monkeypatch):
 
     monkeypatch.setattr(blocked, "plain_weight", slowly)
     weight, x = torch.randn(256, 256), torch.randint(1, 2 ** (BITS - 1), (80, 256), dtype=torch.uint8)
-    q, _ = packed_weight(weight, 8, "weight")
+    q, _ = packed_weight(weight, INT8, "weight")
     want = (x.double() - ZERO_POINTS[BITS]) @ q.double().t()
     for got in together(lambda: matmul_u8s8(x, q, ZERO_POINTS[BITS])):
         assert torch.equal(got.double(), want)
@@ -57,7 +59,7 @@ def test_packing_one_weight_twice_gives_one_pair(monkeypatch):
 
     monkeypatch.setattr(packed_weights, "_quantized", slowly)
     weight = torch.randn(64, 64)
-    first, second = together(lambda: packed_weight(weight, 8, "weight"))
+    first, second = together(lambda: packed_weight(weight, INT8, "weight"))
     assert first[0] is second[0]
 
 

@@ -263,7 +263,9 @@ def test_weight_dtype_follows_the_model(start):
 
 def test_copies_of_tied_layers_stay_tied():
     layer = QuantLinear.from_linear(nn.Linear(64, 64).requires_grad_(False), W8A8)
-    tied = nn.Sequential(layer, QuantLinear(layer._weight_q, layer.weight_scale, None, W8A8, torch.float32))
+    tied = nn.Sequential(
+        layer, QuantLinear(layer._weight_q, layer.weight_scale, None, W8A8, torch.float32, 64)
+    )
     assert tied[0]._weight_q is tied[1]._weight_q
     for other in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
         assert other[0]._weight_q is other[1]._weight_q

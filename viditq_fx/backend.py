@@ -137,7 +137,7 @@ def _weight_arguments(
         WeightArgument(
             indices=tuple(positions[name] for name in slot.sources),
             names=tuple(sources[positions[name]] for name in slot.sources),
-            bits=slot.bits,
+            form=slot.form,
             frees_source=slot.frees_source,
         )
         for slot in slots

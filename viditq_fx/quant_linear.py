@@ -1,4 +1,4 @@
-"""Linear layers, and pointwise convolutions, that hold int8 weights and nothing in full precision but a bias."""
+"""Linear layers, and pointwise convolutions, that hold integer weights and nothing in full precision but a bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from viditq_fx import ops
 from viditq_fx.errors import ViditqError, WeightError
 from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
-from viditq_fx.ops.quantize import dequantize_per_channel, quantize_per_channel
+from viditq_fx.ops.weight_forms import dequantize_weight, quantize_weight, stored_dtype
 from viditq_fx.scheme import QuantScheme
 
 _HOOKS = (
@@ -21,7 +21,6 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_LINEARS = {"w8a8": ops.LINEAR_W8A8, "w8a7": ops.LINEAR_W8A7}
 _SAVED = ("weight", "weight_q", "weight_scale")
 
 
@@ -34,7 +33,8 @@ _IMAGE_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 class QuantLinear(nn.Module):
     """x [..., K] -> [..., N] by quantize_per_token and an integer linear; no derivative.
 
-    In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one.
+    In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one. With 4-bit
+    weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N].
     A full-precision `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
@@ -52,9 +52,10 @@ class QuantLinear(nn.Module):
         bias: nn.Parameter | None,
         scheme: QuantScheme,
         weight_dtype: torch.dtype,
+        in_features: int,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight_q.shape
+        self.out_features, self.in_features = weight_q.shape[0], in_features
         self.scheme = scheme
         self.weight_dtype = weight_dtype
         self._set_key(weight_q)
@@ -91,11 +92,11 @@ class QuantLinear(nn.Module):
             if id(weight) not in memo:
                 if weight.device.type == "meta":
                     raise WeightError(f"{name}: the weight is on the meta device; load it first")
-                q, scale = quantize_per_channel(weight.detach().flatten(1), scheme.weight_bits)
+                q, scale = quantize_weight(weight.detach().flatten(1), scheme.weight_form)
                 if not bool(torch.isfinite(scale).all()):
                     raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
                 memo[id(weight)] = own(q), scale
-            layer = cls(*memo[id(weight)], bias, scheme, weight.dtype, **options)
+            layer = cls(*memo[id(weight)], bias, scheme, weight.dtype, weight[0].numel(), **options)
         for key in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
             layer.__dict__[key] = getattr(linear, key)
         return layer.train(linear.training)
@@ -118,7 +119,7 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_compiling():
             self._keep_plain_for_export()
         x_q, x_scale = ops.QUANTIZE_PER_TOKEN.overload(x, self.scheme.input_bits)
-        linear = _LINEARS[str(self.scheme)].overload
+        linear = ops.LINEARS[str(self.scheme)].overload
         return linear(x_q, x_scale, self._weight_q, self._weight_scale, self.bias, dtype)
 
     @torch.compiler.assume_constant_result  # so Dynamo runs it, and torch 2.11's does not take it for an export
@@ -132,7 +133,9 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [N, K] dequantized to the dtype it had: a new tensor at every access."""
-        whole = dequantize_per_channel(self.weight_q, self._weight_scale, self.weight_dtype)
+        whole = dequantize_weight(
+            self.weight_q, self._weight_scale, self.in_features, self.scheme.weight_form, self.weight_dtype
+        )
         return whole.reshape(self._weight_shape)
 
     @property
@@ -142,14 +145,16 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_q(self) -> Tensor:
-        """The int8 weight [N, K], to read (a copy where only oneDNN's layout of it is in memory)."""
+        """The stored weight, to read (a copy where only oneDNN's layout of it is in memory)."""
         if torch.compiler.is_dynamo_compiling():
+            if self.scheme.weight_form.nibbles:  # these have no other layout, so their memory is never gone
+                return self._weight_q.clone()
             return ops.READ_INT8.overload(self._weight_q)
         return plain_weight(self._weight_q)
 
     @property
     def weight_scale(self) -> Tensor:
-        """The fp32 scale [N] of each output channel."""
+        """The fp32 scales: [N], or [G, N] with groups of input channels."""
         return self._weight_scale
 
     def resident_bytes(self) -> int:
@@ -210,7 +215,7 @@ class QuantLinear(nn.Module):
         if problem is not None:
             return problem
         if "weight" in found:
-            q, scale = quantize_per_channel(found["weight"].flatten(1), self.scheme.weight_bits)
+            q, scale = quantize_weight(found["weight"].flatten(1), self.scheme.weight_form)
         else:
             q, scale = found["weight_q"], found["weight_scale"]
         if not bool(torch.isfinite(scale).all()):
@@ -224,11 +229,11 @@ class QuantLinear(nn.Module):
         return None
 
     def _why_not_load(self, found: dict[str, Tensor], assign: bool) -> str | None:
-        n, k = self.out_features, self.in_features
+        n, k, form = self.out_features, self.in_features, self.scheme.weight_form
         wanted = {
             "weight": (self._weight_shape, None),
-            "weight_q": ((n, k), torch.int8),
-            "weight_scale": ((n,), torch.float32),
+            "weight_q": ((n, form.stored_width(k)), stored_dtype(form)),
+            "weight_scale": (tuple(self._weight_scale.shape), torch.float32),
         }
         if "weight" in found and len(found) > 1:
             return "weight: given beside weight_q or weight_scale; load one form of it"
@@ -275,9 +280,10 @@ class QuantPointwiseConv(QuantLinear):
         bias: nn.Parameter | None,
         scheme: QuantScheme,
         weight_dtype: torch.dtype,
+        in_features: int,
         space: int = 2,
     ) -> None:
-        super().__init__(weight_q, weight_scale, bias, scheme, weight_dtype)
+        super().__init__(weight_q, weight_scale, bias, scheme, weight_dtype, in_features)
         # What code reads of a convolution over `space` dimensions.
         self.out_channels, self.in_channels = self.out_features, self.in_features
         self.kernel_size = self.stride = self.dilation = (1,) * space

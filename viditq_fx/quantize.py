@@ -60,7 +60,7 @@ def quantize_(
         )
     report = CompileReport(scheme=str(options.scheme), device=_device_of(model))
     plans = _trace(model, args, kwargs or {}, _Capture(options.scheme, options.keep, report))
-    chosen = _choose(model, plans)
+    chosen = _choose(model, plans, options.scheme)
     unseen = _unseen(model, plans, options.keep)
     report.rejects += [f"{fqn}: {_UNSEEN}" for fqn in unseen]
     if options.strict:
@@ -146,7 +146,7 @@ def _fresh_call(model: nn.Module) -> Callable[..., Any]:
     return FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
 
 
-def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Module]:
+def _choose(model: nn.Module, plans: _Plans, scheme: QuantScheme) -> dict[str, nn.Module]:
     """Module path -> layer to replace; entries of what cannot be replaced get their reason."""
     chosen: dict[str, nn.Module] = {}
     replaceable: set[int] = set()
@@ -171,7 +171,7 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Module]:
                     None,
                 )
             if entry.done:
-                entry.bytes_packed = entry.depth * entry.width + 4 * entry.width
+                entry.bytes_packed = scheme.weight_form.nbytes(entry.width, entry.depth)
     return chosen
 
 

@@ -16,6 +16,7 @@ from viditq_fx.ops.packed_weights import is_released, joined_bias, packed_group,
 from viditq_fx.ops.release import find_owners, release, why_not_release
 from viditq_fx.options import CompileOptions
 from viditq_fx.report import CompileReport
+from viditq_fx.scheme import WeightForm
 from viditq_fx.site import fqn_of_source
 
 
@@ -27,7 +28,7 @@ class WeightArgument:
     """Positions of the full-precision weights among the arguments that Dynamo passes."""
     names: tuple[str, ...]
     """Where Dynamo got those weights from, for messages."""
-    bits: int
+    form: WeightForm
     frees_source: tuple[bool, ...]
     """For each weight: the graph itself reads it nowhere else."""
 
@@ -35,8 +36,8 @@ class WeightArgument:
         """The integers and scales that the graph takes, for a call with these arguments."""
         names = [fqn_of_source(name) for name in self.names]
         if len(self.indices) == 1:
-            return packed_weight(args[self.indices[0]], self.bits, names[0])
-        return packed_group([args[index] for index in self.indices], self.bits, names)
+            return packed_weight(args[self.indices[0]], self.form, names[0])
+        return packed_group([args[index] for index in self.indices], self.form, names)
 
 
 @dataclass(kw_only=True)

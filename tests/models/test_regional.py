@@ -13,6 +13,7 @@ import viditq_fx
 import viditq_fx.runtime
 from tests.models.tiny_dits import TINY_DITS, sqnr
 from viditq_fx.quant_linear import is_linear_layer
+from viditq_fx.scheme import WeightForm
 
 MIN_SQNR = 30.0
 # Classes that name their blocks for compile_repeated_blocks, and how many graphs those make.
@@ -59,8 +60,8 @@ def test_weights_of_one_block_for_all_would_be_noticed(monkeypatch):
     """The test above can fail: with weights baked in, i.e. the first block's for all, it does."""
     honest, first = viditq_fx.runtime.packed_weight, {}
 
-    def baked(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
-        return first.setdefault((name, weight.shape, bits), honest(weight, bits, name))
+    def baked(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, Tensor]:
+        return first.setdefault((name, weight.shape, form), honest(weight, form, name))
 
     monkeypatch.setattr(viditq_fx.runtime, "packed_weight", baked)
     assert max(noise("wan")) < MIN_SQNR

@@ -29,6 +29,8 @@ class Assembly:
     sass_mma: collections.Counter[str]
     spills: int
     """Local-memory loads and stores in the machine code."""
+    wide_loads: int
+    """Loads and copies from global memory of 16 bytes a thread."""
 
 
 def assemble(
@@ -88,6 +90,7 @@ def _read(compiled: Any) -> Assembly:
         ptx_mma=collections.Counter(PTX_MMA.findall(compiled.asm["ptx"])),
         sass_mma=collections.Counter(SASS_MMA.findall(sass)),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", sass)),
     )
 
 

@@ -131,7 +131,7 @@ class Prepared:
         for slot in self.ctx.weight_slots:
             indices = tuple(map(names.index, slot.sources))
             packing = WeightArgument(
-                indices=indices, names=slot.sources, bits=slot.bits, frees_source=slot.frees_source
+                indices=indices, names=slot.sources, form=slot.form, frees_source=slot.frees_source
             )
             values[slot.quantized], values[slot.scale] = packing.packed(list(self.values.values()))
         for slot in self.ctx.bias_slots:

@@ -14,8 +14,10 @@ from viditq_fx.ops.packed_weights import joined_bias, packed_bytes, packed_group
 from viditq_fx.passes.fuse_shared_input import FuseSharedInput
 from viditq_fx.passes.pipeline import PassPipeline, default_passes
 from viditq_fx.runtime import executions
+from viditq_fx.scheme import WeightForm
 
 K = 64
+INT8 = WeightForm()
 
 
 class Projections(nn.Module):
@@ -174,14 +176,14 @@ def test_release_frees_every_part():
 def test_groups_go_with_their_weights_and_old_ones_at_once():
     weights = [nn.Parameter(torch.randn(32, K), requires_grad=False) for _ in range(2)]
     names = ["a", "b"]
-    first, _ = packed_group(weights, 8, names)
-    assert packed_group(weights, 8, names)[0] is first
-    apart = torch.cat([packed_weight(w, 8, "w")[0] for w in weights])
+    first, _ = packed_group(weights, INT8, names)
+    assert packed_group(weights, INT8, names)[0] is first
+    apart = torch.cat([packed_weight(w, INT8, "w")[0] for w in weights])
     assert torch.equal(first, apart)
     before = packed_bytes(weights[0])
     for _ in range(3):
         weights[1].mul_(2)
-        packed_group(weights, 8, names)
+        packed_group(weights, INT8, names)
     assert packed_bytes(weights[0]) == before, "the forms of weights since written are not kept"
     biases = [nn.Parameter(torch.randn(n), requires_grad=False) for n in (3, 4)]
     assert torch.equal(joined_bias(biases), torch.cat(biases))

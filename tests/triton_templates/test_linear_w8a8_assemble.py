@@ -9,8 +9,8 @@ if reason := missing():
 import triton.language as tl
 from nogpu.assemble import assemble
 
-from viditq_fx.triton_templates.base import SHARED_BYTES
-from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, constants, linear_w8a8_kernel
+from viditq_fx.triton_templates.base import SHARED_BYTES, shape_constants
+from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, linear_w8a8_kernel
 
 SIGNATURE = {
     "x_ptr": "*i8",
@@ -31,7 +31,7 @@ def case_id(case):
 
 
 def assembled(arch, config, depth, width=1152):
-    fixed = constants(config, None, width, depth)
+    fixed = shape_constants(config, None, width, depth)
     fixed |= {"N": width, "K": depth, "HAS_BIAS": True, "INDEX_DTYPE": tl.int32}
     stages = {"warps": config.num_warps, "stages": config.num_stages}
     return assemble(linear_w8a8_kernel, SIGNATURE, fixed, arch, **stages)

@@ -58,9 +58,8 @@ def results(tmp_path_factory):
     cases = {label: (exact_args(shape, label), config) for label, (shape, config) in EXACT.items()}
     cases |= {label: (args, tile(16, 32, 64)) for label, (_, args) in SAMPLES.items()}
     cases["empty"] = (exact_args((0, 32, 8), "empty"), tile(16, 32, 64))
-    out = run_interpreted(
-        "nogpu.interpret_linear", list(cases.values()), tmp_path_factory.mktemp("interpret")
-    )
+    payload = [("linear_w8a8", *case) for case in cases.values()]
+    out = run_interpreted("nogpu.interpret_linear", payload, tmp_path_factory.mktemp("interpret"))
     return dict(zip(cases, out, strict=True))
 
 

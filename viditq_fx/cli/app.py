@@ -120,7 +120,9 @@ def explain(
             "or (model, kwargs)."
         ),
     ],
-    scheme: Annotated[str | None, typer.Option(help="w8a8 or w8a7.  [default: w8a8]")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="w8a8, w8a7, w4a8 or w4a8-g128.  [default: w8a8]")
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Glob over module paths, or role, to keep in full precision."),

@@ -126,7 +126,8 @@ def _kernels() -> list[Finding]:
 
     findings = []
     for name in available_schemes():
-        choice = choose_cpu_kernel(QuantScheme.parse(name).input_bits)
+        scheme = QuantScheme.parse(name)
+        choice = choose_cpu_kernel(scheme.input_bits, scheme.weight_form.nibbles)
         detail = choice.kernel + (f": {choice.reason}" if choice.reason else "")
         findings.append(
             Finding(name=f"{name} on the CPU", state="note" if choice.reason else "ok", detail=detail)

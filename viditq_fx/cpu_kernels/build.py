@@ -39,23 +39,25 @@ def instruction_set() -> str:
     return name
 
 
-def load_library(source: Path) -> ctypes.CDLL:
+def vnni_flags() -> tuple[str, ...]:
+    """Flags that add the four-way byte dot product where this CPU has it for 512-bit vectors, else none.
+
+    torch's probe is private: where it is gone the shorter product computes the same.
+    """
+    has_vnni = bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+    return ("-mavx512vnni",) if has_vnni and instruction_set() == "AVX512" else ()
+
+
+def load_library(source: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The shared library of `source` for this CPU, compiled if it is not in the cache.
 
     Raises KernelBuildError with the compiler's words where there is no compiler, it fails, or the result
     cannot be written or loaded.
     """
     compiler = _compiler()
-    command = (
-        compiler,
-        "-O3",
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-fopenmp",
-        "-shared",
-        "-fPIC",
-        *_ISA_FLAGS[instruction_set()],
-    )
+    isa = (*_ISA_FLAGS[instruction_set()], *extra_flags)
+    options = ("-O3", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+    command = (compiler, *options, *isa)
     identity = "\n".join([_output((compiler, "--version")), *command[1:], source.read_text(encoding="utf-8")])
     name = f"{source.stem}-{_digest(identity.encode())[:16]}.so"
     target = cache_folder() / name

@@ -327,7 +327,7 @@ def _model_bytes(module: nn.Module) -> tuple[int, int]:
         if id(tensor) in quantized:
             layer = quantized[id(tensor)]
             now += layer.resident_bytes() - layer.weight_scale.untyped_storage().nbytes()
-            before += tensor.numel() * layer.weight_dtype.itemsize
+            before += layer.in_features * layer.out_features * layer.weight_dtype.itemsize
             continue
         now += (0 if is_released(tensor) else nbytes) + packed_bytes(tensor)
         before += nbytes

@@ -16,10 +16,11 @@ _ROLES = {
     "head": "final projection",
     "other": "none of these",
 }
-_SCHEME = re.compile(r"w(\d+)a(\d+)")
+_SCHEME = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
 _OPS = {
     "linear_w8a8": "an int8 GEMM with scales and bias; several names in one box are one wide GEMM",
     "linear_w8a7": "a GEMM of 8-bit weights and 7-bit activations; several names in one box are one wide GEMM",
+    "linear_w4a8": "a GEMM of 4-bit weights, widened in registers, and 8-bit activations",
     "quantize_per_token": "finds a scale for each token and rounds",
     "norm_modulate_quantize": "LayerNorm or RMSNorm, adaLN scale and shift, and that rounding, in one op",
     "activation_quantize": "GELU, SiLU or their like, a gate, and that rounding, in one op",
@@ -51,4 +52,8 @@ def ops_in_words(ops: Iterable[str]) -> dict[str, str]:
 def scheme_in_words(scheme: str) -> str:
     """ "w8a7" -> "8-bit weights, 7-bit activations"."""
     match = _SCHEME.fullmatch(scheme)
-    return f"{match.group(1)}-bit weights, {match.group(2)}-bit activations" if match else scheme
+    if match is None:
+        return scheme
+    weights, inputs, group = match.groups()
+    groups = f" with a scale for each {group} input channels" if group else ""
+    return f"{weights}-bit weights{groups}, {inputs}-bit activations"

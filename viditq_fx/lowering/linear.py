@@ -8,6 +8,8 @@ When the user asks Inductor to autotune and a device is there, all configs and c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,81 +18,127 @@ from viditq_fx.lowering import inductor_compat as inductor
 from viditq_fx.lowering.extern_linear import viditq_int_mm_linear
 from viditq_fx.lowering.kernel_log import KernelRecord, record
 from viditq_fx.lowering.templates import outside_templates
+from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
+from viditq_fx.triton_templates import linear_w4a8, linear_w8a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
-from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, constants
 
 EXTERN = "extern:int_mm"
 EAGER = "eager reference"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """What of ours computes an op."""
+
+    templates: tuple[KernelTemplate, ...]
+    extern: Callable[..., Any] | None = None
+    """cuBLAS, with the op's arguments: the rival in autotuning, and the fall-back."""
+    extern_name: str = ""
+
+
+_INT8 = Route(templates=(linear_w8a8.TEMPLATE,), extern=viditq_int_mm_linear, extern_name=EXTERN)
+ROUTES: dict[Any, Route] = {
+    LINEAR_W8A8.overload: _INT8,
+    LINEAR_W8A7.overload: _INT8,
+    # No cuBLAS: it would need the weight as int8 in memory.
+    LINEAR_W4A8.overload: Route(templates=(linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED)),
+}
+_NOTHING_OF_OURS = Route(templates=())
+
+
 def lower_linear(
     overload: Any, x_q: Any, x_scale: Any, w_q: Any, w_scale: Any, bias: Any, out_dtype: torch.dtype
 ) -> Any:
-    """Inductor's lowering of `linear_w8a8`, `linear_w8a7` and ops like them: TensorBoxes in, TensorBox out."""
+    """Inductor's lowering of the ops in ROUTES and ops like them: TensorBoxes in, TensorBox out."""
     device = x_q.get_device()
     if device.type != "cuda" or torch.version.hip:
         _record(overload, EAGER, f"no kernel of ours for device type {device.type}")
         return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
     size = [*x_q.get_size()[:-1], w_q.get_size()[0]]
-    rows, width, depth = inductor.product(size[:-1]), size[-1], w_q.get_size()[1]
-    if inductor.static_int(rows) == 0:
+    if inductor.static_int(inductor.product(size[:-1])) == 0:
         _record(overload, "none", "the input has no rows")
         return inductor.zero_tensor(size, out_dtype, device)
     layout = inductor.output_layout(x_q, size, out_dtype)
     inputs = [inductor.contiguous(t) for t in (x_q, x_scale, w_q, w_scale, bias) if t is not None]
-    ours = any(op.overload is overload for op in TEMPLATE.ops)
-    problem = _problem(device, rows, width, depth, out_dtype)
-    templates = (*outside_templates(overload), *([TEMPLATE] if ours else []))
-    tuned, configs, declined = inductor.wants_autotuning(), {}, []
-    for template in templates:
-        fitting = _fitting(template, problem)
-        if isinstance(fitting, str):
-            declined.append(fitting if template is TEMPLATE else f"{template.name} declined: {fitting}")
-        elif tuned or not configs:
-            configs |= {_label(template, c): (template, c) for c in fitting[: None if tuned else 1]}
+    route = ROUTES.get(overload, _NOTHING_OF_OURS)
+    templates = (*outside_templates(overload), *route.templates)
+    problem = _problem(device, size, inputs, templates, out_dtype)
+    tuned = inductor.wants_autotuning()
+    configs, declined = _configs(templates, route.templates, problem, tuned)
     named = {
         label: _choice(template, config, inputs, layout, size, bias is not None)
         for label, (template, config) in configs.items()
     }
-    if ours and (tuned or not named):
-        named[EXTERN] = inductor.extern_choice(viditq_int_mm_linear, inputs, layout, out_dtype=out_dtype)
+    if route.extern is not None and (tuned or not named):
+        named[route.extern_name] = inductor.extern_choice(route.extern, inputs, layout, out_dtype=out_dtype)
     if not configs:
-        _record(overload, EXTERN if ours else EAGER, "; ".join(declined))
-        if ours:
-            return named[EXTERN].output_node()
+        _record(overload, route.extern_name or EAGER, "; ".join(declined))
+        if named:
+            return named[route.extern_name].output_node()
         return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
-    result, winner = inductor.select(TEMPLATE.name, list(named.values()), inputs, layout)
+    result, winner = inductor.select(_op_name(overload), list(named.values()), inputs, layout)
     kernel = next((label for label, choice in named.items() if choice is winner), "autotuned")
     why = f"fastest of {len(named)} timed" if tuned else "estimated best tile"
     _record(overload, kernel, "; ".join([why, *declined]))
     return result
 
 
-def _fitting(template: KernelTemplate, problem: LinearProblem | str) -> tuple[GemmConfig, ...] | str:
+def _configs(
+    templates: Sequence[KernelTemplate],
+    ours: Sequence[KernelTemplate],
+    problem: LinearProblem | str,
+    tuned: bool,
+) -> tuple[dict[str, tuple[KernelTemplate, GemmConfig]], list[str]]:
+    """(what may be chosen by its label: all that fit where they are timed, else the first, why others declined)."""
+    configs: dict[str, tuple[KernelTemplate, GemmConfig]] = {}
+    declined: list[str] = []
+    mine: list[str] = []
+    for template in templates:
+        own = any(template is known for known in ours)
+        fitting = _fitting(template, problem, own)
+        if isinstance(fitting, str):
+            (mine if own else declined).append(fitting if own else f"{template.name} declined: {fitting}")
+        elif tuned or not configs:
+            configs |= {_label(template, c): (template, c) for c in fitting[: None if tuned else 1]}
+    # Of two kernels of ours for two kinds of scales one always declines: no news where the other serves.
+    return configs, declined if len(mine) < len(ours) else [*declined, *dict.fromkeys(mine)]
+
+
+def _fitting(
+    template: KernelTemplate, problem: LinearProblem | str, ours: bool
+) -> tuple[GemmConfig, ...] | str:
     """A template's configs for a problem, best first, or why it does not compute it."""
     if isinstance(problem, str):
         return problem
-    if template is TEMPLATE:
+    if ours:
         return template.supports(problem) or template.candidates(problem)
     fitting = attempt(lambda: template.supports(problem) or template.candidates(problem))
     return str(fitting) if isinstance(fitting, Failure) else fitting
 
 
 def _problem(
-    device: torch.device, rows: Any, width: Any, depth: Any, out_dtype: torch.dtype
+    device: torch.device,
+    size: Sequence[Any],
+    inputs: Sequence[Any],
+    templates: Sequence[KernelTemplate],
+    out_dtype: torch.dtype,
 ) -> LinearProblem | str:
     """The LinearProblem, or the reason why there is none."""
+    x_q, _, w_q, w_scale, *_ = inputs
+    width, depth = size[-1], (x_q if any(t.depth_of == "x" for t in templates) else w_q).get_size()[-1]
     static_width, static_depth = inductor.static_int(width), inductor.static_int(depth)
     if static_width is None or static_depth is None:
         return f"N and K must be the same in every call; got N={width}, K={depth}"
     return LinearProblem(
-        rows=inductor.size_hint(rows),
+        rows=inductor.size_hint(inductor.product(size[:-1])),
         width=static_width,
         depth=static_depth,
         out_dtype=out_dtype,
         capability=torch.cuda.get_device_capability(device),
         processors=torch.cuda.get_device_properties(device).multi_processor_count,
+        grouped=len(w_scale.get_size()) == 2,
     )
 
 
@@ -103,7 +151,7 @@ def _choice(
     has_bias: bool,
 ) -> Any:
     rows, width = inductor.product(size[:-1]), size[-1]
-    depth = inputs[2].get_size()[1]
+    depth = inputs["xw".index(template.depth_of) * 2].get_size()[-1]
     name = f"viditq_{template.name}_{len(size)}d{'_bias' if has_bias else ''}"
     return inductor.triton_choice(
         inductor.triton_template(name, template_source(template, len(size), has_bias)),
@@ -114,7 +162,7 @@ def _choice(
         num_stages=config.num_stages,
         num_warps=config.num_warps,
         constants={
-            **constants(config, inductor.static_int(rows), int(width), int(depth)),
+            **template.constants(config, inductor.static_int(rows), int(width), int(depth)),
             "HAS_BIAS": has_bias,
         },
     )
@@ -135,7 +183,9 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
         lines.append("    bias_ptr = w_scale_ptr  # never read")
     lines.append(f"    M = {' * '.join(f'({s})' for s in sizes.values()) or '1'}")
     lines.append(f"    N = {{{{size(None, {rank - 1})}}}}")
-    lines.append("    K = {{size('w_ptr', 1)}}")
+    lines.append(
+        f"    K = {{{{size('{template.depth_of}_ptr', {1 if template.depth_of == 'w' else rank - 1})}}}}"
+    )
     lines.append(template.body)
     for d in batch:
         stride = " * ".join(f"({sizes[e]})" for e in batch if e > d) or "1"
@@ -152,5 +202,8 @@ def _label(template: KernelTemplate, config: GemmConfig) -> str:
 
 def _record(overload: Any, kernel: str, reason: str) -> None:
     node = inductor.current_node()
-    op = overload.name().removeprefix("viditq::").removesuffix(".default")
-    record(node.name, KernelRecord(op=op, kernel=kernel, reason=reason, fqn=node.fqn))
+    record(node.name, KernelRecord(op=_op_name(overload), kernel=kernel, reason=reason, fqn=node.fqn))
+
+
+def _op_name(overload: Any) -> str:
+    return overload.name().partition("::")[2].removesuffix(".default")

@@ -7,6 +7,10 @@ onednn-u8, onednn-u7   with VNNI or AMX
 avx2-s8, avx512-u7 ..  our kernel, without them (8-bit and 7-bit inputs); needs a C++ compiler
 onednn-u7              7-bit inputs where neither is: pairs of products stay below 2^15
 fp32-exact             an fp32 GEMM of the integers (sliced where it could round)
+
+4-bit weights, which stay 4 bits wide in memory:
+avx512-vnni-s8s4, avx512-s8s4, avx2-s8s4   our kernel, which reads them as they are stored
+fp32-exact-s8s4                            an fp32 GEMM of the integers, widened a few channels at a time
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ import torch
 from torch import fx
 
 from viditq_fx import ops
+from viditq_fx.cpu_kernels.int4_gemm import kernel_name as int4_name
 from viditq_fx.cpu_kernels.int8_gemm import kernel_name
 from viditq_fx.graph_edit import call, example
+from viditq_fx.ops.int4 import int4_unavailable
 from viditq_fx.ops.native import native_unavailable
 from viditq_fx.ops.onednn import ZERO_POINTS, onednn_is_exact
 
-_INPUT_BITS = {ops.LINEAR_W8A8.overload: 8, ops.LINEAR_W8A7.overload: 7}
+_INPUT_BITS = {ops.LINEAR_W8A8.overload: 8, ops.LINEAR_W8A7.overload: 7, ops.LINEAR_W4A8.overload: 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +39,14 @@ class KernelChoice:
     reason: str | None = None
 
 
-def choose_cpu_kernel(bits: int) -> KernelChoice:
-    """The kernel for inputs of `bits` on this CPU; tries oneDNN, and builds ours, once in a process."""
+def choose_cpu_kernel(bits: int, nibbles: bool = False) -> KernelChoice:
+    """The kernel for inputs of `bits` on this CPU; tries oneDNN, and builds ours, once in a process.
+
+    `nibbles`: for weights that are packed two to a byte.
+    """
+    if nibbles:
+        missing = int4_unavailable()
+        return KernelChoice(kernel="fp32-exact-s8s4" if missing else int4_name(), reason=missing)
     if onednn_is_exact(8):  # 32-bit accumulation, in hardware
         return KernelChoice(kernel=f"onednn-u{bits}")
     missing = native_unavailable()
@@ -58,8 +70,8 @@ def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
     for node in integer_linears(gm):
         if example(node).device.type != "cpu":
             continue
-        bits = _INPUT_BITS[node.target]
-        choice = choices[node.name] = choose_cpu_kernel(bits)
+        bits, nibbles = _INPUT_BITS[node.target], node.target is ops.LINEAR_W4A8.overload
+        choice = choices[node.name] = choose_cpu_kernel(bits, nibbles)
         with gm.graph.inserting_before(node):
             y = _spell(gm.graph, node, choice.kernel, bits)
         node.replace_all_uses_with(y)
@@ -71,6 +83,11 @@ def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
 def _spell(graph: fx.Graph, node: fx.Node, kernel: str, bits: int) -> fx.Node:
     """An integer linear as ops that compute it by that kernel."""
     x, x_scale, w, w_scale, bias, dtype = node.args
+    if node.target is ops.LINEAR_W4A8.overload:
+        grouped = isinstance(w_scale, fx.Node) and example(w_scale).dim() == 2
+        acc = call(graph, ops.MATMUL_S8S4.overload, (x, w, w_scale if grouped else None), node)
+        operands = (acc, x_scale, None if grouped else w_scale, bias, dtype)
+        return call(graph, ops.LINEAR_EPILOGUE.overload, operands, node)
     if kernel == "fp32-exact":
         widened = call(graph, torch.ops.aten.to.dtype, (x, torch.float32), node)
         acc = call(graph, ops.MATMUL_F32S8.overload, (widened, w), node)

@@ -4,37 +4,49 @@ from viditq_fx.ops.activation import ACTIVATION_QUANTIZE
 from viditq_fx.ops.attention import ATTENTION_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.cat import CAT_INT8
+from viditq_fx.ops.int4 import MATMUL_S8S4
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.ops.native import LINEAR_S8S8, MATMUL_S8S8
 from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
 from viditq_fx.ops.onednn import LINEAR_EPILOGUE, MATMUL_F32S8, MATMUL_U8S8, SHIFT_TO_U8
-from viditq_fx.ops.pack import PACK_INT8, READ_INT8, UNPACK_INT8
+from viditq_fx.ops.pack import PACK_INT4, PACK_INT8, READ_INT8, UNPACK_INT4, UNPACK_INT8
 from viditq_fx.ops.quantize import (
     DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_GROUP,
     DEQUANTIZE_PER_TOKEN,
     QUANTIZE_PER_CHANNEL,
+    QUANTIZE_PER_GROUP,
     QUANTIZE_PER_TOKEN,
 )
+from viditq_fx.ops.weight_forms import LINEARS
 
 __all__ = [
     "ACTIVATION_QUANTIZE",
     "ATTENTION_INT8",
     "CAT_INT8",
     "DEQUANTIZE_PER_CHANNEL",
+    "DEQUANTIZE_PER_GROUP",
     "DEQUANTIZE_PER_TOKEN",
+    "LINEARS",
     "LINEAR_EPILOGUE",
     "LINEAR_S8S8",
+    "LINEAR_W4A8",
     "LINEAR_W8A7",
     "LINEAR_W8A8",
     "MATMUL_F32S8",
+    "MATMUL_S8S4",
     "MATMUL_S8S8",
     "MATMUL_U8S8",
     "NORM_MODULATE_QUANTIZE",
+    "PACK_INT4",
     "PACK_INT8",
     "QUANTIZE_PER_CHANNEL",
+    "QUANTIZE_PER_GROUP",
     "QUANTIZE_PER_TOKEN",
     "READ_INT8",
     "SHIFT_TO_U8",
+    "UNPACK_INT4",
     "UNPACK_INT8",
     "QuantOp",
     "Sample",

@@ -28,15 +28,15 @@ def without_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def exact_int_matmul(x_MK: Tensor, w_NK: Tensor) -> Tensor:
+def exact_int_matmul(x_MK: Tensor, w_NK: Tensor, exact_depth: int = EXACT_K) -> Tensor:
     """int8 [M, K] x int8 [N, K] -> exact int32 [M, N].
 
-    fp32 GEMMs over slices of K of at most EXACT_K: every partial sum is an integer below 2^24,
+    fp32 GEMMs over slices of K of at most `exact_depth`: every partial sum is an integer below 2^24,
     so fp32 holds it exactly in any order of addition; the slices are added in int32.
     `torch._int_mm` is not used: it is absent or 20x slower on a CPU and has shape limits on CUDA.
     """
     rows, depth = x_MK.shape
-    slices = max(1, -(-depth // EXACT_K))
+    slices = max(1, -(-depth // exact_depth))
     size = max(1, -(-depth // slices))
     acc: Tensor | None = None
     for start in range(0, depth, size):
@@ -48,10 +48,12 @@ def exact_int_matmul(x_MK: Tensor, w_NK: Tensor) -> Tensor:
 
 
 def linear_epilogue(
-    acc: Tensor, scale_M: Tensor, scale_N: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
+    acc: Tensor, scale_M: Tensor, scale_N: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """acc [..., N] -> acc * s_M * s_N (+ bias) in fp32, cast once to `out_dtype`."""
-    y = acc.to(torch.float32) * scale_M * scale_N
+    """acc [..., N] -> acc * s_M * s_N (+ bias) in fp32, cast once to `out_dtype`; no s_N where acc has it already."""
+    y = acc.to(torch.float32) * scale_M
+    if scale_N is not None:
+        y = y * scale_N
     if bias_N is not None:
         y = y + bias_N.to(torch.float32)
     return y.to(out_dtype)

@@ -3,6 +3,9 @@
 plain      w_q int8 [N, K], row-major. What the reference reads.
 padded     w_q int8 [N, Kp] with Kp = K rounded up to `multiple` and zeros in the tail, so that every
            row starts on a `multiple`-byte boundary and the K loop of a GEMM needs no mask on w.
+int4       w_q uint8 [N, H], H = half of K padded to 128: byte j of a row holds weight j in its low four bits and
+           weight j + H in its high ones, two's complement, zeros where K is padded. Halves and not neighbours,
+           so that a tile of bytes is two tiles of K and nothing is interleaved when it is widened.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 
 from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.ops.blocked import plain_weight
+from viditq_fx.scheme import half_width
 
 
 def _check(w: Tensor, op: str) -> None:
@@ -54,6 +58,34 @@ def read_int8(w: Tensor) -> Tensor:
     return plain_weight(w).clone(memory_format=torch.contiguous_format)
 
 
+def pack_int4(w_NK: Tensor) -> Tensor:
+    """int8 [N, K] of integers in [-8, 7] -> uint8 [N, H], two to a byte (see the module's layout).
+
+    Raises ValueError for another dtype or rank, or an integer that four bits do not hold.
+    """
+    _check(w_NK, "pack_int4")
+    if w_NK.numel() and (int(w_NK.min()) < -8 or int(w_NK.max()) > 7):
+        raise ValueError("pack_int4: four bits hold -8 to 7; the weight has integers outside")
+    half = half_width(w_NK.shape[1])
+    padded = F.pad(w_NK, (0, 2 * half - w_NK.shape[1])).view(torch.uint8)
+    return (padded[:, :half] & 15) | (padded[:, half:] << 4)
+
+
+def unpack_int4(w_packed: Tensor, depth: int) -> Tensor:
+    """uint8 [N, H] -> int8 [N, depth]: the inverse of `pack_int4`.
+
+    Raises ValueError for another dtype or rank, or where H is not that of K = `depth`.
+    """
+    if w_packed.dtype != torch.uint8 or w_packed.dim() != 2 or w_packed.shape[1] != half_width(depth):
+        raise ValueError(
+            f"unpack_int4: a packed weight of K={depth} is uint8 [N, {half_width(depth)}]; got {w_packed.dtype} "
+            f"{tuple(w_packed.shape)}"
+        )
+    both = torch.cat([w_packed & 15, w_packed >> 4], dim=1)[:, :depth]
+    # Not shifts of int8: Inductor's C++ does them in int, which keeps what should have been shifted out.
+    return (both ^ 8).to(torch.int8) - 8
+
+
 def _weights(device: torch.device) -> Iterator[tuple[str, Tensor]]:
     gen = torch.Generator(device=device).manual_seed(0)
     for rows, depth in ((8, 32), (5, 17), (3, 1)):
@@ -69,6 +101,23 @@ def _pack_samples(device: torch.device) -> Iterator[Sample]:
 def _read_samples(device: torch.device) -> Iterator[Sample]:
     for label, w in _weights(device):
         yield Sample(label=label, args=(w,))
+
+
+def _int4_weights(device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    for rows, depth in ((8, 256), (5, 17), (3, 129)):
+        w = torch.randint(-7, 8, (rows, depth), generator=gen, device=device, dtype=torch.int8)
+        yield f"{rows}x{depth}", w
+
+
+def _pack_int4_samples(device: torch.device) -> Iterator[Sample]:
+    for label, w in _int4_weights(device):
+        yield Sample(label=label, args=(w,))
+
+
+def _unpack_int4_samples(device: torch.device) -> Iterator[Sample]:
+    for label, w in _int4_weights(device):
+        yield Sample(label=label, args=(pack_int4(w), w.shape[1]))
 
 
 def _unpack_samples(device: torch.device) -> Iterator[Sample]:
@@ -101,5 +150,23 @@ UNPACK_INT8 = register(
         reference=unpack_int8,
         fake=lambda w_packed, depth: w_packed.new_empty((w_packed.shape[0], depth)),
         samples=_unpack_samples,
+    )
+)
+PACK_INT4 = register(
+    QuantOp(
+        name="pack_int4",
+        schema="(Tensor w) -> Tensor",
+        reference=pack_int4,
+        fake=lambda w: w.new_empty((w.shape[0], half_width(w.shape[1])), dtype=torch.uint8),
+        samples=_pack_int4_samples,
+    )
+)
+UNPACK_INT4 = register(
+    QuantOp(
+        name="unpack_int4",
+        schema="(Tensor w_packed, int depth) -> Tensor",
+        reference=unpack_int4,
+        fake=lambda w_packed, depth: w_packed.new_empty((w_packed.shape[0], depth), dtype=torch.int8),
+        samples=_unpack_int4_samples,
     )
 )

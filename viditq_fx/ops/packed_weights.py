@@ -18,23 +18,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from viditq_fx.errors import ReleasedWeightError, WeightError
 from viditq_fx.ops.blocked import own, resident_bytes
-from viditq_fx.ops.quantize import quantize_per_channel
 from viditq_fx.ops.tensor_state import LOCK, TensorState
+from viditq_fx.ops.weight_forms import join_weights, quantize_weight
+from viditq_fx.scheme import WeightForm
 
 
 @dataclass(kw_only=True)
 class _Entry:
     name: str
     state: TensorState
-    packed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    packed: dict[WeightForm, tuple[Tensor, Tensor]] = field(default_factory=dict)
     identity: _Identity = field(default_factory=lambda: _Identity())
     joined: dict[_GroupKey, _Group] = field(default_factory=dict)
     """Forms in which this weight is packed together with others."""
     released: bool = False
 
 
-_GroupKey = tuple[int, tuple[int, ...]]
-"""Bits, and the identities of all members in order."""
+_GroupKey = tuple[WeightForm, tuple[int, ...]]
+"""The form, and the identities of all members in order."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,8 +55,8 @@ class _Group:
 _ENTRIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed_weight(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
-    """(int8 [N, K], fp32 scale [N]) of a full-precision weight [N, K], packed at the first call.
+def packed_weight(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, Tensor]:
+    """(what is stored, fp32 scales) of a full-precision weight [N, K], packed at the first call.
 
     A weight of more dimensions, as a convolution's [N, K, 1, 1], counts as [N, all others].
 
@@ -63,29 +64,29 @@ def packed_weight(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]
     """
     with LOCK:
         entry = _entry(weight, name)
-        if bits not in entry.packed:
-            _refuse_released(entry, bits)
-            q_NK, scale_N = _quantized(weight, bits, name)
-            entry.packed[bits] = own(q_NK), scale_N
-        return entry.packed[bits]
+        if form not in entry.packed:
+            _refuse_released(entry, form)
+            stored, scale = _quantized(weight, form, name)
+            entry.packed[form] = own(stored), scale
+        return entry.packed[form]
 
 
-def packed_group(weights: Sequence[Tensor], bits: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(int8 [sum of N, K], fp32 scale [sum of N]) of weights [N_i, K] one below the other.
+def packed_group(weights: Sequence[Tensor], form: WeightForm, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(what is stored, fp32 scales) of weights [N_i, K] one below the other, as of one weight [sum of N, K].
 
     Packed at the first call, and again when one of them was written. Raises as `packed_weight`.
     """
     with LOCK:
         members = [_entry(weight, name) for weight, name in zip(weights, names, strict=True)]
         identities = [member.identity for member in members]
-        key = (bits, tuple(map(id, identities)))
+        key = (form, tuple(map(id, identities)))
         group = members[0].joined.get(key)
         if group is None:
             for member in members:
-                _refuse_released(member, bits)
-            parts = [_quantized(w, bits, name) for w, name in zip(weights, names, strict=True)]
-            q_NK, scale_N = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            group = _Group(members=identities, packed=(own(q_NK), scale_N))
+                _refuse_released(member, form)
+            parts = [_quantized(w, form, name) for w, name in zip(weights, names, strict=True)]
+            stored, scale = join_weights(parts)
+            group = _Group(members=identities, packed=(own(stored), scale))
             for member in members:
                 for old in [k for k, g in member.joined.items() if not all(m.current for m in g.members)]:
                     del member.joined[old]
@@ -121,16 +122,16 @@ def _entry(weight: Tensor, name: str) -> _Entry:
     return entry
 
 
-def _refuse_released(entry: _Entry, bits: int) -> None:
+def _refuse_released(entry: _Entry, form: WeightForm) -> None:
     if entry.released:
         raise ReleasedWeightError(
-            f"{entry.name}: asked for {bits}-bit weights in a form that it was not packed to before its "
+            f"{entry.name}: asked for {form.bits}-bit weights in a form that it was not packed to before its "
             "full-precision memory was released; compile every graph of a model with one scheme and one keep, or "
             "use weights='keep'"
         )
 
 
-def _quantized(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
+def _quantized(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, Tensor]:
     if weight.device.type == "meta":
         raise WeightError(f"{name}: the weight is on the meta device and holds no values; load it first")
     if weight.is_inference():
@@ -140,13 +141,13 @@ def _quantized(weight: Tensor, bits: int, name: str) -> tuple[Tensor, Tensor]:
             stacklevel=2,
         )
     with torch.inference_mode(False), torch.no_grad():
-        q_NK, scale_N = quantize_per_channel(weight.detach().flatten(1), bits)
-        if not bool(torch.isfinite(scale_N).all()):
+        stored, scale = quantize_weight(weight.detach().flatten(1), form)
+        if not bool(torch.isfinite(scale).all()):
             raise WeightError(
                 f"{name}: the weight holds NaN or infinity, so it has no scale. If it was copied from a model "
                 "whose weights viditq_fx released, load it from its checkpoint instead"
             )
-        return q_NK, scale_N
+        return stored, scale
 
 
 def repack(model: torch.nn.Module) -> int:
@@ -192,13 +193,13 @@ def packed_bytes(weight: Tensor) -> int:
     if entry is None:
         return 0
     whole = sum(_form_bytes(form) for form in entry.packed.values())
-    shares = (_form_bytes(g.packed) * weight.shape[0] // g.packed[1].numel() for g in entry.joined.values())
+    shares = (_form_bytes(g.packed) * weight.shape[0] // g.packed[1].shape[-1] for g in entry.joined.values())
     return whole + sum(shares)
 
 
 def _form_bytes(form: tuple[Tensor, Tensor]) -> int:
-    q_NK, scale_N = form
-    return resident_bytes(q_NK) + scale_N.untyped_storage().nbytes()
+    stored, scale = form
+    return resident_bytes(stored) + scale.untyped_storage().nbytes()
 
 
 def full_bytes(weight: Tensor) -> int:

@@ -6,15 +6,18 @@
 A NaN or an infinity in a row makes that row's scale NaN or inf and its integers 0, so what is
 computed from it is NaN in the same row and nowhere else. An all-zero row has scale EPS / qmax.
 
-Shapes: x_MK [..., K], q_MK int8 [..., K], s_M fp32 [..., 1]; w_NK [N, K], q_NK int8, s_N fp32 [N].
+Shapes: x_MK [..., K], q_MK int8 [..., K], s_M fp32 [..., 1]; w_NK [N, K], q_NK int8, s_N fp32 [N]. With groups of
+input channels each has a scale of its own, s_GN fp32 [G, N], G = ceil(K / group): the last may be short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.scheme import largest_int
@@ -62,6 +65,22 @@ def quantize_per_channel(w_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return q_NK, scale_N1.squeeze(-1)
 
 
+def quantize_per_group(w_NK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """w [N, K] -> (q int8 [N, K], s fp32 [G, N]): one scale per output channel and `group` input channels.
+
+    Raises ValueError for `bits` outside 2..8, a group below 1 or a weight that is not 2-D.
+    """
+    _check_bits(bits)
+    if w_NK.dim() != 2 or group < 1:
+        raise ValueError(
+            f"quantize_per_group: a weight is [N, K] and a group at least 1; got shape {tuple(w_NK.shape)}, {group}"
+        )
+    width, depth = w_NK.shape
+    padded = F.pad(w_NK, (0, -depth % group))  # zeros change no group's largest magnitude
+    q_NGK, scale_NG1 = _quantize_rows(padded.reshape(width, -1, group), bits)
+    return q_NGK.reshape(width, -1)[:, :depth].contiguous(), scale_NG1.squeeze(-1).t().contiguous()
+
+
 def dequantize_per_token(q_MK: Tensor, scale_M: Tensor, dtype: torch.dtype) -> Tensor:
     """(q int8 [..., K], s fp32 [..., 1]) -> s * q in `dtype`, [..., K]."""
     return (q_MK.to(torch.float32) * scale_M).to(dtype)
@@ -70,6 +89,13 @@ def dequantize_per_token(q_MK: Tensor, scale_M: Tensor, dtype: torch.dtype) -> T
 def dequantize_per_channel(q_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     """(q int8 [N, K], s fp32 [N]) -> s * q in `dtype`, [N, K]."""
     return (q_NK.to(torch.float32) * scale_N.unsqueeze(-1)).to(dtype)
+
+
+def dequantize_per_group(q_NK: Tensor, scale_GN: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """(q int8 [N, K], s fp32 [G, N]) -> s * q in `dtype`, [N, K]."""
+    width, depth = q_NK.shape
+    q_NGK = F.pad(q_NK.to(torch.float32), (0, -depth % group)).reshape(width, -1, group)
+    return (q_NGK * scale_GN.t().unsqueeze(-1)).reshape(width, -1)[:, :depth].to(dtype)
 
 
 def fake_per_token(x_MK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -83,9 +109,16 @@ def fake_per_channel(w_NK: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(w_NK, dtype=torch.int8), w_NK.new_empty((w_NK.shape[0],), dtype=torch.float32)
 
 
-def fake_dequantized(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What dequantize_per_token and dequantize_per_channel return, without values."""
-    return torch.empty_like(q, dtype=dtype)
+def fake_per_group(w_NK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """What quantize_per_group returns, without values."""
+    width, depth = w_NK.shape
+    scale_GN = w_NK.new_empty((-(-depth // group), width), dtype=torch.float32)
+    return w_NK.new_empty((width, depth), dtype=torch.int8), scale_GN
+
+
+def fake_dequantized(q: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    """What every op that dequantizes returns, without values; the dtype is its last argument."""
+    return torch.empty_like(q, dtype=rest[-1])
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -109,6 +142,13 @@ def _channel_samples(device: torch.device) -> Iterator[Sample]:
     yield Sample(label="bf16", args=(half, 8))
 
 
+def _group_samples(device: torch.device) -> Iterator[Sample]:
+    gen = _generator(device)
+    for label, depth, group in (("even", 64, 32), ("short last group", 75, 32), ("one group", 20, 32)):
+        w = torch.randn(6, depth, generator=gen, device=device)
+        yield Sample(label=label, args=(w, 4, group))
+
+
 def _dequantize_token_samples(device: torch.device) -> Iterator[Sample]:
     for sample in _token_samples(device):
         q_MK, scale_M = quantize_per_token(*sample.args)
@@ -119,6 +159,12 @@ def _dequantize_channel_samples(device: torch.device) -> Iterator[Sample]:
     for sample in _channel_samples(device):
         q_NK, scale_N = quantize_per_channel(*sample.args)
         yield Sample(label=sample.label, args=(q_NK, scale_N, torch.float32))
+
+
+def _dequantize_group_samples(device: torch.device) -> Iterator[Sample]:
+    for sample in _group_samples(device):
+        args = (*quantize_per_group(*sample.args), sample.args[2], torch.bfloat16)
+        yield Sample(label=sample.label, args=args)
 
 
 QUANTIZE_PER_TOKEN = register(
@@ -155,5 +201,23 @@ DEQUANTIZE_PER_CHANNEL = register(
         reference=dequantize_per_channel,
         fake=None,
         samples=_dequantize_channel_samples,
+    )
+)
+QUANTIZE_PER_GROUP = register(
+    QuantOp(
+        name="quantize_per_group",
+        schema="(Tensor w, int bits, int group) -> (Tensor, Tensor)",
+        reference=quantize_per_group,
+        fake=None,
+        samples=_group_samples,
+    )
+)
+DEQUANTIZE_PER_GROUP = register(
+    QuantOp(
+        name="dequantize_per_group",
+        schema="(Tensor q, Tensor scale, int group, ScalarType dtype) -> Tensor",
+        reference=dequantize_per_group,
+        fake=None,
+        samples=_dequantize_group_samples,
     )
 )

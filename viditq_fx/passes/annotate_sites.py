@@ -18,6 +18,7 @@ from viditq_fx.passes.opaque import why_opaque
 from viditq_fx.passes.policy import keeps, reason_to_keep
 from viditq_fx.passes.roles import find_roles, linear_input
 from viditq_fx.report import SiteReport
+from viditq_fx.scheme import GROUP
 from viditq_fx.site import Site, fqn_of_source
 
 SITE_KEY = "viditq_site"
@@ -73,6 +74,12 @@ def move_site(old: fx.Node, new: fx.Node, ctx: PassContext) -> None:
             ctx.computed_by[part] = (new.name, fqn)
 
 
+def scheme_of_linear(node: fx.Node) -> str:
+    """Name of the scheme of a linear of the dialect: its op's, and groups where its weight has a scale for each."""
+    grouped = example(node.args[3]).dim() == 2  # type: ignore[arg-type]
+    return op_name(node).removeprefix("linear_") + (f"-g{GROUP}" if grouped else "")
+
+
 def hint(size: Any) -> int | None:
     """The size that a dimension had at compile time; None for an unbacked one."""
     if isinstance(size, int):
@@ -90,7 +97,7 @@ def _describe(node: fx.Node, role: str) -> SiteReport:
         fqn=fqn_of_node(node),
         role=role,
         rows=str(math.prod(row_sizes(node))),
-        depth=int(shape[1]),
+        depth=int(example(node.args[0]).shape[-1] if op_name(node).startswith("linear_w") else shape[1]),  # type: ignore[arg-type]
         width=int(shape[0]),
         weight=source_name(weight_parameter(weight) or weight) if weight is not None else None,
         bytes_full=value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0,
@@ -107,8 +114,9 @@ def _plan(
     node: fx.Node, site: Site, entry: SiteReport, ctx: PassContext, written: set[fx.Node]
 ) -> Match | Reject:
     if op_name(node).startswith("linear_w"):
-        entry.planned = entry.done = op_name(node).removeprefix("linear_")
-        entry.bytes_packed, entry.bytes_full = entry.bytes_full + 4 * entry.width, 0
+        entry.planned = entry.done = scheme_of_linear(node)
+        entry.bytes_packed = sum(t.numel() * t.element_size() for t in map(example, node.args[2:4]))  # type: ignore[arg-type]
+        entry.bytes_full = 0
         return Match(site=site, detail="already an integer linear")
     hints = [hint(size) for size in row_sizes(node)]
     rows = None if None in hints else math.prod(h for h in hints if h is not None)

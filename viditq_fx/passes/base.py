@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from viditq_fx.report import CompileReport, SiteReport
-from viditq_fx.scheme import QuantScheme
+from viditq_fx.scheme import QuantScheme, WeightForm
 from viditq_fx.site import Site
 
 
@@ -55,10 +55,10 @@ class WeightSlot:
     sources: tuple[str, ...]
     """Names of the placeholders of the full-precision weights in the graph that Dynamo made."""
     quantized: str
-    """Name of the placeholder of the int8 weight [N, K]."""
+    """Name of the placeholder of the stored weight."""
     scale: str
-    """Name of the placeholder of the fp32 scales [N]."""
-    bits: int
+    """Name of the placeholder of the fp32 scales."""
+    form: WeightForm
     frees_source: tuple[bool, ...]
     """For each source: no other node of this graph reads the full-precision weight."""
 

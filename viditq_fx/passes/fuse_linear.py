@@ -1,12 +1,13 @@
 """Fold dequantize into the linear that reads it.
 
 linear(dequantize(xq, s_x), dequantize(wq, s_w), b) -> linear_w8a8(xq, s_x, wq, s_w, b, dtype)
+                                                    -> linear_w4a8(xq, s_x, pack_int4(wq), s_w, b, dtype)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -16,8 +17,7 @@ from viditq_fx.graph_edit import call, example
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
-
-_FUSED = {"w8a8": ops.LINEAR_W8A8, "w8a7": ops.LINEAR_W8A7}
+from viditq_fx.scheme import QuantScheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,10 @@ class FuseLinear(Pass):
             x, w, bias = (*node.args, None)[:3]
             assert isinstance(x, fx.Node)
             assert isinstance(w, fx.Node)
-            operands = (x.args[0], x.args[1], w.args[0], w.args[1], bias, example(node).dtype)
             with gm.graph.inserting_before(node):
-                fused = call(gm.graph, _FUSED[str(scheme)].overload, operands, node)
+                stored = insert_pack(gm.graph, w.args[0], scheme, node)
+                operands = (x.args[0], x.args[1], stored, w.args[1], bias, example(node).dtype)
+                fused = call(gm.graph, ops.LINEARS[str(scheme)].overload, operands, node)
             fused.meta[SITE_KEY], fused.meta[SCHEME_KEY] = node.meta[SITE_KEY], scheme
             node.replace_all_uses_with(fused)
             entry = ctx.sites.pop(node.name)
@@ -50,3 +51,12 @@ class FuseLinear(Pass):
                     gm.graph.erase_node(dequantize)
             results.append(Match(site=fused.meta[SITE_KEY], detail=fused.name))
         return tuple(results)
+
+
+def insert_pack(graph: fx.Graph, integers: Any, scheme: QuantScheme, like: fx.Node) -> Any:
+    """The weight as the linear of a scheme takes it: the integers themselves, or 4-bit ones two to a byte."""
+    if not scheme.weight_form.nibbles:
+        return integers
+    packed = call(graph, ops.PACK_INT4.overload, (integers,), like)
+    packed.meta[SITE_KEY], packed.meta[SCHEME_KEY] = integers.meta[SITE_KEY], scheme
+    return packed

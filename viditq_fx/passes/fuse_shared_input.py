@@ -1,7 +1,7 @@
 """One wide integer GEMM for all projections that read the same quantized input.
 
 y_i = linear_w8a8(xq, s_x, wq_i, s_i, b_i)  ->  y_1, y_2, ... = split(linear_w8a8(xq, s_x, wq, s, b))
-    with (wq, s) = quantize_per_channel(cat(w_i)),  b = cat(b_i)
+    with (wq, s) = quantize_per_channel(cat(w_i)),  b = cat(b_i);  4-bit weights and groups likewise
 
 q, k and v of one attention, k and v of cross attention, gate and up of a SwiGLU, q, k, v and the MLP of a
 parallel block. The sums are the same integers, so every value stays bit for bit; the results are views, copied
@@ -20,15 +20,16 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
-from viditq_fx.ops.quantize import fake_per_channel
 from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import is_parameter, weight_parameter
 from viditq_fx.passes.effects import write_roots
-from viditq_fx.passes.insert_qdq import SCHEME_KEY
+from viditq_fx.passes.fuse_linear import insert_pack
+from viditq_fx.passes.insert_qdq import SCHEME_KEY, insert_weight_quantize
 from viditq_fx.passes.layouts import wants_memory_of_its_own
 
-_LINEARS = (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload)
+_LINEARS = frozenset(op.overload for op in ops.LINEARS.values())
+_QUANTIZE = (ops.QUANTIZE_PER_CHANNEL.overload, ops.QUANTIZE_PER_GROUP.overload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,16 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
     assert parameter is not None
     weight = example(parameter)
     bias_dtype = example(bias).dtype if isinstance(bias, fx.Node) else None
-    return (node.target, x, scale, str(dtype), weight.dtype, weight.device, bias_dtype)
+    return (
+        node.target,
+        str(node.meta[SCHEME_KEY]),
+        x,
+        scale,
+        str(dtype),
+        weight.dtype,
+        weight.device,
+        bias_dtype,
+    )
 
 
 def _parameter_of(node: fx.Node) -> fx.Node | None:
@@ -98,8 +108,10 @@ def _parameter_of(node: fx.Node) -> fx.Node | None:
 def _pair_of(node: fx.Node) -> fx.Node | None:
     """The quantize of a linear's weight; None for a weight that was packed apart (`quantize_`)."""
     integers = node.args[2]
+    if isinstance(integers, fx.Node) and integers.target is ops.PACK_INT4.overload:
+        integers = integers.args[0]
     pair = integers.args[0] if isinstance(integers, fx.Node) and integers.args else None
-    quantizes = isinstance(pair, fx.Node) and pair.target is ops.QUANTIZE_PER_CHANNEL.overload
+    quantizes = isinstance(pair, fx.Node) and pair.target in _QUANTIZE
     return pair if isinstance(pair, fx.Node) and quantizes else None
 
 
@@ -114,16 +126,16 @@ def _join(graph: fx.Graph, members: list[fx.Node], ctx: PassContext) -> list[Mat
             w if example(w).dim() == 2 else call(graph, torch.flatten, (w, 1), first) for w in parameters
         ]
         joined = call(graph, torch.cat, (weights, 0), first)
-        pair = call(
-            graph, ops.QUANTIZE_PER_CHANNEL.overload, (joined, scheme.weight_bits), first, fake_per_channel
-        )
+        pair = insert_weight_quantize(graph, joined, scheme, first)
         wide_bias = None if bias is None else call(graph, torch.cat, (biases, 0), first)
         integers, scales = (getitem(graph, pair, index, first) for index in (0, 1))
-        operands = (x, x_scale, integers, scales, wide_bias, dtype)
+        integers.meta[SITE_KEY] = first.meta[SITE_KEY]
+        stored = insert_pack(graph, integers, scheme, first)
+        operands = (x, x_scale, stored, scales, wide_bias, dtype)
         wide = call(graph, first.target, operands, first)
         widths = [int(example(weight).shape[0]) for weight in weights]
         parts = call(graph, torch.functional.split, (wide, widths, -1), first)
-    for node in (joined, pair, integers, scales, wide_bias, wide, parts):
+    for node in (joined, pair, integers, stored, scales, wide_bias, wide, parts):
         if node is not None:
             node.meta[SITE_KEY], node.meta[SCHEME_KEY], node.meta[WIDE_KEY] = (
                 first.meta[SITE_KEY],
@@ -143,19 +155,20 @@ def _take_part(
     part.meta[SITE_KEY] = member.meta[SITE_KEY]
     pair = _pair_of(member)
     assert pair is not None
-    whole = part
+    stored, whole = member.args[2], part
     if wants_memory_of_its_own(member, example(part)):
         with graph.inserting_after(part):
             whole = call(graph, torch.clone, (part,), member, memory_format=torch.contiguous_format)
     member.replace_all_uses_with(whole)
     entry = ctx.sites.pop(member.name)
     entry.joined = wide[1]
-    entry.bytes_packed = entry.width * entry.depth + 4 * entry.width
+    entry.bytes_packed = member.meta[SCHEME_KEY].weight_form.nbytes(entry.width, entry.depth)
     ctx.sites[part.name], ctx.computed_by[part.name] = entry, wide
     graph.erase_node(member)
     matrix = pair.args[0]
     assert isinstance(matrix, fx.Node)
-    for node in (*list(pair.users), pair):
+    packs = [stored] if isinstance(stored, fx.Node) and stored.target is ops.PACK_INT4.overload else []
+    for node in [*packs, *pair.users, pair]:
         if not node.users:
             graph.erase_node(node)
     if not matrix.users and matrix.op != "placeholder":  # a convolution's weight, flattened

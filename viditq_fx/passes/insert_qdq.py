@@ -2,7 +2,8 @@
 
     linear(x, w, b) -> linear(dequantize(quantize_per_token(x)), dequantize(quantize_per_channel(w)), b)
 
-The graph still runs and shows, in plain nodes, what will be rounded where.
+or quantize_per_group(w), where the scheme has groups. The graph still runs and shows, in plain nodes, what will
+be rounded where.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
-from viditq_fx.ops.quantize import fake_dequantized, fake_per_channel, fake_per_token
+from viditq_fx.ops.quantize import fake_dequantized, fake_per_channel, fake_per_group, fake_per_token
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.effects import is_mutation, may_write
@@ -79,16 +80,27 @@ def _wrap_input(
     linear.update_arg(0, value)
 
 
+def insert_weight_quantize(graph: fx.Graph, weight: fx.Node, scheme: QuantScheme, like: fx.Node) -> fx.Node:
+    """Insert the op that gives (integers [N, K], scales) of a weight in this scheme."""
+    if scheme.group is None:
+        op, fake, operands = ops.QUANTIZE_PER_CHANNEL, fake_per_channel, (weight, scheme.weight_bits)
+    else:
+        op, fake = ops.QUANTIZE_PER_GROUP, fake_per_group
+        operands = (weight, scheme.weight_bits, scheme.group)
+    return call(graph, op.overload, operands, like, fake)
+
+
 def _wrap_weight(graph: fx.Graph, linear: fx.Node, scheme: QuantScheme) -> None:
     w = linear.args[1]
     assert isinstance(w, fx.Node)
     with graph.inserting_before(linear):
-        pair = call(
-            graph, ops.QUANTIZE_PER_CHANNEL.overload, (w, scheme.weight_bits), linear, fake_per_channel
-        )
+        pair = insert_weight_quantize(graph, w, scheme, linear)
         q, scale = getitem(graph, pair, 0, linear), getitem(graph, pair, 1, linear)
-        operands = (q, scale, example(w).dtype)
-        value = call(graph, ops.DEQUANTIZE_PER_CHANNEL.overload, operands, linear, fake_dequantized)
+        back, group = ops.DEQUANTIZE_PER_CHANNEL, ()
+        if scheme.group is not None:
+            back, group = ops.DEQUANTIZE_PER_GROUP, (scheme.group,)
+        operands = (q, scale, *group, example(w).dtype)
+        value = call(graph, back.overload, operands, linear, fake_dequantized)
         _stamp((pair, q, scale, value), linear, scheme, "weight")
     linear.update_arg(1, value)
 

@@ -1,6 +1,7 @@
 """Make packed weights inputs of the graph, in place of quantizing a parameter at every call.
 
-    quantize_per_channel(w) with a parameter w -> two new placeholders (int8 [N, K], fp32 [N])
+    quantize_per_channel(w) with a parameter w             -> two new placeholders (int8 [N, K], fp32 [N])
+    pack_int4(quantize_per_channel(w)), or per group       -> (uint8 [N, H], fp32 [N] or [G, N])
 
 Inputs and never constants: regional compilation runs one compiled block with the weights of many.
 One parameter gives one pair, however many linears read it.
@@ -22,9 +23,11 @@ from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import BiasSlot, Match, Pass, PassContext, Reject, WeightSlot
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import op_name
+from viditq_fx.scheme import WeightForm
 
 SLOT_KEY = "viditq_slot"
 """Key of a placeholder's meta: this input holds a packed weight or its scales."""
+_QUANTIZE_WEIGHT = (ops.QUANTIZE_PER_CHANNEL.overload, ops.QUANTIZE_PER_GROUP.overload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +39,21 @@ class PlaceWeights(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
-        slots: dict[tuple[tuple[str, ...], int], tuple[fx.Node, fx.Node]] = {}
+        slots: dict[tuple[tuple[str, ...], WeightForm], tuple[fx.Node, fx.Node]] = {}
         for node in list(gm.graph.nodes):
-            if node.target is not ops.QUANTIZE_PER_CHANNEL.overload:
+            if node.target not in _QUANTIZE_WEIGHT:
                 continue
-            weight, bits = node.args
+            weight, bits, *group = node.args
             assert isinstance(weight, fx.Node)
-            assert isinstance(bits, int)
-            key = (tuple(source.name for source in _sources(weight)), bits)
+            packs = _packs(node)
+            form = WeightForm(bits=bits, group=group[0] if group else None, nibbles=bool(packs))  # type: ignore[arg-type]
+            key = (tuple(source.name for source in _sources(weight)), form)
             if key not in slots:
-                slots[key] = _new_inputs(gm.graph, _sources(weight)[0], node)
+                slots[key] = _new_inputs(gm.graph, _sources(weight)[0], node, packs)
             quantized, scale = slots[key]
+            for pack in packs:
+                pack.replace_all_uses_with(quantized)
+                gm.graph.erase_node(pack)
             for user in list(node.users):
                 assert user.target is operator.getitem
                 user.replace_all_uses_with(quantized if user.args[1] == 0 else scale)
@@ -56,10 +63,10 @@ class PlaceWeights(Pass):
             _erase_idle(gm.graph, weight)
         _place_biases(gm.graph, ctx)
         placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
-        for (names, bits), (quantized, scale) in slots.items():
+        for (names, form), (quantized, scale) in slots.items():
             frees = tuple(not placeholders[name].users for name in names)
             slot = WeightSlot(
-                sources=names, quantized=quantized.name, scale=scale.name, bits=bits, frees_source=frees
+                sources=names, quantized=quantized.name, scale=scale.name, form=form, frees_source=frees
             )
             ctx.weight_slots.append(slot)
         for name in {name for names, _ in slots for name in names}:
@@ -67,6 +74,14 @@ class PlaceWeights(Pass):
                 gm.graph.erase_node(placeholders[name])
         _fill_bytes(gm, ctx)
         return tuple(results)
+
+
+def _packs(pair: fx.Node) -> list[fx.Node]:
+    """The nodes that pack the integers of a weight two to a byte; then nothing else reads them."""
+    readers = [user for item in pair.users if item.args[1] == 0 for user in item.users]
+    packs = [user for user in readers if user.target is ops.PACK_INT4.overload]
+    assert len(packs) in (0, len(readers)), f"{pair.format_node()}: packed and read as int8 too"
+    return packs
 
 
 def _sources(weight: fx.Node) -> list[fx.Node]:
@@ -101,10 +116,14 @@ def _place_biases(graph: fx.Graph, ctx: PassContext) -> None:
         graph.erase_node(node)
 
 
-def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _new_inputs(
+    graph: fx.Graph, weight: fx.Node, like: fx.Node, packs: Sequence[fx.Node]
+) -> tuple[fx.Node, fx.Node]:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in ("int8", "scale")]
-    quantized, scale = _placeholders(graph, last, names, example(like), like)
+    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in ("int4" if packs else "int8", "scale")]
+    integers, scales = example(like)
+    values = [example(packs[0]) if packs else integers, scales]
+    quantized, scale = _placeholders(graph, last, names, values, like)
     return quantized, scale
 
 

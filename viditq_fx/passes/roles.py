@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
+from viditq_fx.ops import LINEARS
 from viditq_fx.passes.attention_spelled import spelled_attentions
 from viditq_fx.passes.convolution import is_pointwise_conv, out_channels
 from viditq_fx.passes.dataflow import DataFlow, same_size
@@ -49,6 +50,8 @@ _SCALES = frozenset(
 )
 _OPERAND_KEYS = ("query", "key", "value")
 
+_LINEARS = frozenset(op.overload for op in LINEARS.values())
+
 _Edges = Callable[[fx.Node], tuple[fx.Node, ...]]
 
 CONDITION, STEM, HEAD, OTHER = "cond", "stem", "head", "other"
@@ -58,7 +61,7 @@ def is_linear(node: fx.Node) -> bool:
     """A linear with whole weight: F.linear, or an integer linear of the dialect."""
     if node.op != "call_function":
         return False
-    return node.target is torch.nn.functional.linear or op_name(node) in {"linear_w8a8", "linear_w8a7"}
+    return node.target is torch.nn.functional.linear or node.target in _LINEARS
 
 
 def linear_input(node: fx.Node) -> fx.Node:

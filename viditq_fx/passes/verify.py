@@ -17,10 +17,12 @@ from viditq_fx.passes.place_weights import SLOT_KEY
 _QUANTIZE = (
     ops.QUANTIZE_PER_TOKEN.overload,
     ops.QUANTIZE_PER_CHANNEL.overload,
+    ops.QUANTIZE_PER_GROUP.overload,
     ops.NORM_MODULATE_QUANTIZE.overload,
     ops.ACTIVATION_QUANTIZE.overload,
 )
 """Ops that return (integers, scales)."""
+_LINEARS = frozenset(op.overload for op in ops.LINEARS.values())
 
 
 def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
@@ -56,7 +58,7 @@ def _problem(node: fx.Node) -> str | None:
         return "a node of the dialect carries no example value"
     if SLOT_KEY in node.meta and not node.users:
         return "a packed weight that nothing reads"
-    if node.target in (ops.LINEAR_W8A8.overload, ops.LINEAR_W8A7.overload):
+    if node.target in _LINEARS:
         return _linear_problem(node)
     if node.target is operator.getitem and node.args and isinstance(node.args[0], fx.Node):
         if node.args[0].target in _QUANTIZE and not node.users:
@@ -66,10 +68,12 @@ def _problem(node: fx.Node) -> str | None:
 
 def _linear_problem(node: fx.Node) -> str | None:
     x, x_scale, w, w_scale = (example(arg) for arg in node.args[:4])  # type: ignore[arg-type]
-    if x.dtype != torch.int8 or w.dtype != torch.int8:
+    nibbles = node.target is ops.LINEAR_W4A8.overload
+    if x.dtype != torch.int8 or w.dtype != (torch.uint8 if nibbles else torch.int8):
         return f"integer linear over {x.dtype} x {w.dtype}"
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         return "scales are fp32"
-    if tuple(w_scale.shape) != (w.shape[0],) or x_scale.shape[-1] != 1:
+    ranks = (1, 2) if nibbles else (1,)
+    if w_scale.shape[-1] != w.shape[0] or w_scale.dim() not in ranks or x_scale.shape[-1] != 1:
         return f"scale shapes {tuple(x_scale.shape)}, {tuple(w_scale.shape)} match neither token nor channel"
     return None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +47,8 @@ class GemmConfig:
     num_warps: int
     group_m: int = 8
     """Tiles of M that are walked together, so that their rows of w stay in L2."""
+    swap: bool = False
+    """Compute the transpose, w x: w is then the operand that sm_90 takes from registers (4-bit weights only)."""
     rate: float = 1.0
     """Throughput of a full tile relative to the architecture's best one: an estimate until measured."""
 
@@ -73,6 +76,21 @@ class LinearProblem:
     """Compute capability of the device."""
     processors: int
     """Number of streaming multiprocessors."""
+    grouped: bool = False
+    """The weight has a scale for each group of input channels, not one for each output channel alone."""
+
+
+def shape_constants(config: GemmConfig, rows: int | None, width: int, depth: int) -> dict[str, Any]:
+    """Compile-time constants of a GEMM kernel for one shape; `rows` is None when M is dynamic."""
+    return {
+        "EVEN_M": rows is not None and rows % config.block_m == 0,
+        "EVEN_N": width % config.block_n == 0,
+        "EVEN_K": depth % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +108,12 @@ class KernelTemplate:
     """(architecture, shape class, configs), see `LinearProblem` and `shape_class`."""
     supports: Callable[[LinearProblem], str | None]
     """None when the kernel computes the problem, else the reason why not."""
+    constants: Callable[[GemmConfig, int | None, int, int], dict[str, Any]] = shape_constants
+    """(config, M or None, N, K) -> the kernel's compile-time constants."""
+    depth_of: Literal["w", "x"] = "w"
+    """The operand whose rows are K elements long: not w where it is packed more tightly."""
+    fits: Callable[[GemmConfig, LinearProblem], bool] = lambda config, problem: True
+    """Whether a config serves a problem that `supports` accepts; one of each list has to serve every one."""
 
     @cached_property
     def body(self) -> str:
@@ -103,9 +127,31 @@ class KernelTemplate:
         """
         arch = architecture(problem.capability)
         wanted = (arch, shape_class(problem.rows))
-        found = [c for known, shape, configs in self.configs if (known, shape) == wanted for c in configs]
+        found = [
+            c
+            for known, shape, configs in self.configs
+            for c in configs
+            if (known, shape) == wanted and self.fits(c, problem)
+        ]
         assert found, f"{self.name} has no config for {wanted}"
         return tuple(sorted(found, key=lambda config: estimated_cost(config, problem)))
+
+
+def why_no_int8(problem: LinearProblem) -> str | None:
+    """None where integer tensor cores compute the problem through Triton, else the reason why not."""
+    if architecture(problem.capability) is None:
+        major, minor = problem.capability
+        return f"int8 tensor cores through Triton need sm_80 or later; the device is sm_{major}{minor}"
+    return why_no_gemm(problem)
+
+
+def why_no_gemm(problem: LinearProblem) -> str | None:
+    """What no kernel of ours computes, whatever its operands: the reason, or None."""
+    if problem.out_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the output must be fp32, fp16 or bf16; got {problem.out_dtype}"
+    if problem.width == 0 or problem.depth == 0:
+        return f"nothing to multiply: N={problem.width}, K={problem.depth}"
+    return None
 
 
 def shape_class(rows: int) -> str:

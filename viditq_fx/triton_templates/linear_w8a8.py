@@ -19,7 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
-from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem, architecture
+from viditq_fx.triton_templates.base import (
+    GemmConfig,
+    KernelTemplate,
+    shape_constants,
+    why_no_int8,
+)
 
 
 @triton.jit
@@ -88,19 +93,6 @@ def linear_w8a8_kernel(
     tl.store(y_ptr + idx_m * N + idx_n, y_acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def constants(config: GemmConfig, rows: int | None, width: int, depth: int) -> dict[str, int | bool]:
-    """The kernel's compile-time constants for one shape; `rows` is None when M is dynamic."""
-    return {
-        "EVEN_M": rows is not None and rows % config.block_m == 0,
-        "EVEN_N": width % config.block_n == 0,
-        "EVEN_K": depth % config.block_k == 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-    }
-
-
 def launch(
     x_q: Tensor,
     x_scale: Tensor,
@@ -119,7 +111,7 @@ def launch(
     (rows, depth), width = x_MK.shape, w_q.shape[0]
     y_MN = torch.empty(rows, width, dtype=out_dtype, device=x_q.device)
     options: dict[str, Any] = {"num_stages": config.num_stages, "num_warps": config.num_warps}
-    options |= constants(config, None, width, depth) | {"HAS_BIAS": bias is not None}
+    options |= shape_constants(config, None, width, depth) | {"HAS_BIAS": bias is not None}
     options |= {"N": width, "K": depth}
     options["INDEX_DTYPE"] = tl.int32 if y_MN.numel() < 2**31 else tl.int64
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
@@ -130,17 +122,6 @@ def launch(
             **options,
         )
     return y_MN.reshape(*x_q.shape[:-1], width)
-
-
-def _supports(problem: LinearProblem) -> str | None:
-    if architecture(problem.capability) is None:
-        major, minor = problem.capability
-        return f"int8 tensor cores through Triton need sm_80 or later; the device is sm_{major}{minor}"
-    if problem.out_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the output must be fp32, fp16 or bf16; got {problem.out_dtype}"
-    if problem.width == 0 or problem.depth == 0:
-        return f"nothing to multiply: N={problem.width}, K={problem.depth}"
-    return None
 
 
 # Estimates from tile shapes that peers use, ordered by what their reports say; `benchmarks/gpu.py
@@ -184,5 +165,5 @@ TEMPLATE = KernelTemplate(
         (90, "wide", _HOPPER),
         (100, "wide", _BLACKWELL),
     ),
-    supports=_supports,
+    supports=why_no_int8,
 )

@@ -1,0 +1,130 @@
+"""What Inductor generates for CUDA from 4-bit linears: one kernel each, with what follows fused into it."""
+
+import re
+
+import pytest
+import torch
+from nogpu.fake_cuda import missing
+from torch.nn import functional as F
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+from nogpu.assemble import assemble_generated, kernel_sources
+from nogpu.fake_cuda import cuda_code
+from nogpu.interpreter import run_interpreted
+
+from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
+from viditq_fx.lowering.install import install
+from viditq_fx.lowering.kernel_log import kernel_log
+from viditq_fx.ops.weight_forms import quantize_weight
+from viditq_fx.scheme import QuantScheme, half_width
+
+pytestmark = pytest.mark.slow
+BF16 = torch.bfloat16
+SCHEMES = ("w4a8", "w4a8-g128")
+
+
+class FeedForward(torch.nn.Module):
+    """LayerNorm, modulate, W4A8 linear, GELU, W4A8 linear, gate, residual: half of a DiT block."""
+
+    def __init__(self, scheme, dim=1152, hidden=4608, dtype=BF16, device="cuda"):
+        super().__init__()
+        self.dim, self.dtype, self.form = dim, dtype, QuantScheme.parse(scheme).weight_form
+        for name, (width, depth) in {"up": (hidden, dim), "down": (dim, hidden)}.items():
+            groups = () if self.form.group is None else (-(-depth // self.form.group),)
+            stored = torch.empty(width, half_width(depth), dtype=torch.uint8, device=device)
+            self.register_buffer(f"{name}_q", stored)
+            self.register_buffer(f"{name}_scale", torch.empty(*groups, width, device=device))
+            self.register_buffer(f"{name}_bias", torch.empty(width, dtype=dtype, device=device))
+
+    def linear(self, x, name):
+        weights = (getattr(self, f"{name}_{part}") for part in ("q", "scale", "bias"))
+        return torch.ops.viditq.linear_w4a8(*torch.ops.viditq.quantize_per_token(x, 8), *weights, self.dtype)
+
+    def forward(self, x, shift, scale, gate):
+        h = F.layer_norm(x, (self.dim,)) * (1 + scale) + shift
+        return x + gate * self.linear(F.gelu(self.linear(h, "up"), approximate="tanh"), "down")
+
+    def fill(self):
+        """Weights for a run: fake tensors had none."""
+        torch.manual_seed(0)
+        for name, depth in (("up", self.dim), ("down", self.up_q.shape[0])):
+            width = getattr(self, f"{name}_q").shape[0]
+            stored, scale = quantize_weight(torch.randn(width, depth) * depth**-0.5, self.form)
+            for part, value in {"q": stored, "scale": scale, "bias": torch.randn(width)}.items():
+                getattr(self, f"{name}_{part}").copy_(value)
+
+
+def inputs_of(model, batch=2, tokens=1024, device="cuda"):
+    x = torch.randn(batch, tokens, model.dim, device=device).to(model.dtype)
+    return x, *(torch.randn(batch, 1, model.dim, device=device).to(model.dtype) for _ in range(3))
+
+
+def generate(scheme, cc=90, dynamic=None, tokens=1024, **sizes):
+    """(generated code, names of its arguments, kernel log)."""
+
+    def make():
+        model = FeedForward(scheme, **sizes)
+        return model, *inputs_of(model, tokens=tokens)
+
+    install()
+    with kernel_log() as log, wide_persistent_reductions():
+        code, names = cuda_code(make, cc, dynamic)
+    return code, names, log
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("cc", [80, 89, 90, 100])
+def test_half_block_is_four_kernels_that_do_not_spill(scheme, cc):
+    code, _, log = generate(scheme, cc)
+    kernels = kernel_sources(code)
+    assert [re.match(r"triton_(\w+?)_fused", name)[1] for name in kernels] == ["per", "tem", "per", "tem"]
+    assert "extern_kernels." not in code.split("async_compile.wait")[1]
+    name = "triton:linear_w4a8" + ("_g128" if "g128" in scheme else "")
+    assert [entry.kernel.split()[0] for entry in log.values()] == [name] * 2
+    assert [entry.reason for entry in log.values()] == ["estimated best tile"] * 2
+    for kernel, source in kernels.items():
+        if "_tem_" in kernel:
+            assert "'*u8'" in source  # the weight as it is stored
+            assert assemble_generated(kernel, source, cc).spills == 0, kernel
+
+
+def test_gate_and_residual_are_in_the_store():
+    *_, last = kernel_sources(generate("w4a8")[0]).values()
+    tail = last[last.index("y_acc = y_acc *") :]
+    assert len(re.findall(r"tl\.load\(in_ptr\d", tail)) == 2  # residual and gate
+    assert tail.count("tl.store(") == 1
+
+
+def test_symbolic_tokens():
+    code, _, log = generate("w4a8-g128", dynamic=True)
+    templates = [source for name, source in kernel_sources(code).items() if "_tem_" in name]
+    assert all(re.search(r"M = .*ks\d", source) for source in templates)
+    assert all(re.search(r"\n    N = \d+\n    K = \d+\n", source) for source in templates)
+    assert len(log) == 2
+
+
+@pytest.mark.parametrize(("scheme", "cc"), [("w4a8", 90), ("w4a8-g128", 90), ("w4a8", 80), ("w4a8-g128", 80)])
+def test_generated_code_computes_the_reference(scheme, cc, tmp_path):
+    """The whole wrapper in Triton's interpreter: ragged M, N and K, swapped tiles (sm_90) and plain ones."""
+    sizes = {"dim": 72, "hidden": 200, "dtype": torch.float32}
+    code, names, _ = generate(scheme, cc, tokens=37, **sizes)
+    model = FeedForward(scheme, **sizes, device="cpu")
+    model.fill()
+    inputs = inputs_of(model, tokens=37, device="cpu")
+    values = dict(zip(("l_x_", "l_shift_", "l_scale_", "l_gate_"), inputs, strict=True))
+    values |= {f"l_self_buffers_{name}_": buffer for name, buffer in model.named_buffers()}
+    ((got,),) = run_interpreted("nogpu.run_generated", [(code, [values[name] for name in names])], tmp_path)
+    want = model(*inputs)
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_an_old_device_runs_the_reference_and_says_why(monkeypatch):
+    from viditq_fx.triton_templates import linear_w4a8
+
+    for template in (linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED):
+        monkeypatch.setitem(template.__dict__, "supports", lambda problem: "declined for the test")
+    code, _, log = generate("w4a8")
+    assert code.count("torch.ops.viditq.linear_w4a8.default(") == 2
+    assert {(e.kernel, e.reason) for e in log.values()} == {("eager reference", "declined for the test")}

@@ -1,0 +1,55 @@
+"""The exact GEMM of `int4_gemm.cpp`: int8 by 4-bit weights, read as they are stored, on any x86 CPU with AVX2."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from viditq_fx.cpu_kernels.build import instruction_set, load_library, vnni_flags
+from viditq_fx.errors import KernelBuildError
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    library = load_library(SOURCE, vnni_flags())
+    library.viditq_multiply_int4.restype = c_int
+    library.viditq_multiply_int4.argtypes = (*(c_void_p,) * 4, *(c_int64,) * 3, c_int)
+    return library
+
+
+@functools.lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why this machine has no such kernel, or None. Compiles it at the first call of a machine."""
+    try:
+        _library()
+    except KernelBuildError as error:
+        return str(error)
+    return None
+
+
+def kernel_name() -> str:
+    """The report's name of the kernel, e.g. "avx512-vnni-s8s4"."""
+    return f"{instruction_set().lower()}{'-vnni' if vnni_flags() else ''}-s8s4"
+
+
+def multiply(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
+    """int8 [M, K] x packed 4-bit [N, H] (and scales of groups) -> fp32 [M, N], each int32 sum rounded once.
+
+    Raises MemoryError where there is none for a few rows of X.
+    """
+    x_MK, w_NH = x_MK.contiguous(), w_NH.contiguous()
+    scale_GN = None if scale_GN is None else scale_GN.contiguous()
+    (rows, depth), width = x_MK.shape, w_NH.shape[0]
+    out = torch.empty(rows, width, dtype=torch.float32)
+    operands = (x_MK.data_ptr(), w_NH.data_ptr(), None if scale_GN is None else scale_GN.data_ptr())
+    threads = torch.get_num_threads()
+    if _library().viditq_multiply_int4(*operands, out.data_ptr(), rows, width, depth, threads):
+        raise MemoryError("viditq: no memory for the rows of an int4 GEMM")
+    return out

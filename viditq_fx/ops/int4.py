@@ -1,0 +1,100 @@
+"""GEMM with 4-bit weights on a CPU: acc[m, n] = sum_k Xq[m, k] * Wq[n, k], exact; with groups, their scaled sum.
+
+Our kernel reads the weight as it is stored. Without one (no C++ compiler, another CPU) a few rows of the weight at a
+time are widened for an fp32 GEMM of the integers, which is exact too. Either way only 4 bits stay in memory.
+
+Shapes: x_MK int8 [..., K], w uint8 [N, H] as `pack_int4` makes it, scales fp32 [ceil(K / 128), N] or none; result
+fp32 [..., N]: without scales the int32 sum, rounded once where it is beyond 2^24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from viditq_fx.cpu_kernels import int4_gemm
+from viditq_fx.ops.base import QuantOp, Sample, register
+from viditq_fx.ops.linear_w4a8 import matmul_int4
+from viditq_fx.ops.pack import pack_int4
+from viditq_fx.scheme import GROUP, half_width
+
+BLOCK_BYTES = 8 << 20
+"""Most memory that widened weights take at a time."""
+
+
+def int4_unavailable() -> str | None:
+    """Why our kernel is not to be chosen here, or None: it is compiled and tried once in a process."""
+    return int4_gemm.unavailable() or _wrong()
+
+
+@lru_cache(maxsize=1)
+def _wrong() -> str | None:
+    """The largest operands first: a kernel that saturates is wrong on these."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        w = torch.full((11, 700), 7, dtype=torch.int8)
+        w[::3, ::5] = -7
+        signs = torch.ones(9, 1, dtype=torch.int8)
+        signs[::2] = -1
+        x, packed = (signs * 127).expand(9, 700).contiguous(), pack_int4(w)
+        for scales in (None, torch.ones(6, 11)):  # sums of integers below 2^24 are exact in fp32 too
+            if not torch.equal(int4_gemm.multiply(x, packed, scales), matmul_int4(x, packed, scales)):
+                return f"our {int4_gemm.kernel_name()} kernel is not exact on this CPU"
+    return None
+
+
+def matmul_s8s4(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
+    """The GEMM of this module's formula.
+
+    Raises ValueError for operands that are not int8 and a packed weight of the same K.
+    """
+    depth, width = x_MK.shape[-1], w_NH.shape[0]
+    if x_MK.dtype != torch.int8 or w_NH.dtype != torch.uint8 or w_NH.shape[1] != half_width(depth):
+        raise ValueError(
+            f"matmul_s8s4: needs int8 [..., K] x uint8 [N, {half_width(depth)}]; got {x_MK.dtype} "
+            f"{tuple(x_MK.shape)}, {w_NH.dtype} {tuple(w_NH.shape)}"
+        )
+    if x_MK.numel() == 0 or width == 0:
+        return x_MK.new_zeros((*x_MK.shape[:-1], width), dtype=torch.float32)
+    x_2d = x_MK.reshape(-1, depth)
+    if x_MK.device.type != "cpu" or int4_unavailable():
+        acc = _in_blocks(x_2d, w_NH, scale_GN)
+    else:
+        acc = int4_gemm.multiply(x_2d, w_NH, scale_GN)
+    return acc.reshape(*x_MK.shape[:-1], width)
+
+
+def _in_blocks(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
+    rows = max(1, BLOCK_BYTES // (4 * x_MK.shape[1]))
+    parts = range(0, w_NH.shape[0], rows)
+    return torch.cat(
+        [
+            matmul_int4(x_MK, w_NH[i : i + rows], None if scale_GN is None else scale_GN[:, i : i + rows])
+            for i in parts
+        ],
+        dim=1,
+    )
+
+
+def _samples(device: torch.device) -> Iterator[Sample]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    for batch, depth, width in (((2, 9), 40, 24), ((17,), 333, 7), ((1,), 1152, 16)):
+        x = torch.randint(-127, 128, (*batch, depth), generator=gen, dtype=torch.int8, device=device)
+        w = torch.randint(-7, 8, (width, depth), generator=gen, dtype=torch.int8, device=device)
+        scales = torch.rand(-(-depth // GROUP), width, generator=gen, device=device)
+        label = f"{'x'.join(map(str, batch))}-k{depth}-n{width}"
+        yield Sample(label=label, args=(x, pack_int4(w), None))
+        yield Sample(label=f"{label}-groups", args=(x, pack_int4(w), scales))
+
+
+MATMUL_S8S4 = register(
+    QuantOp(
+        name="matmul_s8s4",
+        schema="(Tensor x, Tensor w, Tensor? group_scale) -> Tensor",
+        reference=matmul_s8s4,
+        fake=lambda x, w, group_scale: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32),
+        samples=_samples,
+    )
+)

@@ -1,0 +1,121 @@
+"""Integer linear with 4-bit weights: Y[m, n] = s_x[m] * s_w[n] * sum_k Xq[m, k] * Wq[n, k] (+ bias[n]).
+
+With groups of 128 input channels, where each has a scale of its own:
+
+    Y[m, n] = s_x[m] * sum_g s_w[g, n] * (sum over k of group g of Xq[m, k] * Wq[n, k]) (+ bias[n])
+
+Sums inside the brackets are exact in int32; groups are added, and scales and bias applied, in fp32; one cast ends it.
+
+Shapes: x_MK int8 [..., K], s_M fp32 [..., 1], w uint8 [N, H] as `pack_int4` makes it, s_N fp32 [N] or s_GN
+fp32 [ceil(K / 128), N], bias_N [N] of any float dtype; result [..., N] in `out_dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from viditq_fx.ops.base import QuantOp, Sample, Tolerance, register
+from viditq_fx.ops.blocked import plain_weight
+from viditq_fx.ops.linear import exact_int_matmul, linear_epilogue, without_autocast
+from viditq_fx.ops.pack import pack_int4, unpack_int4
+from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_group, quantize_per_token
+from viditq_fx.scheme import GROUP, half_width
+
+EXACT_DEPTH = 2**24 // (127 * 8)
+"""Largest K for which any sum of int8 x int4 products is below 2^24: wider than any DiT's linear."""
+
+
+def matmul_int4(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
+    """int8 [M, K] x packed 4-bit [N, H] -> fp32 [M, N]: the exact sum, or the scaled sum over groups.
+
+    One fp32 GEMM of integers where K <= EXACT_DEPTH, else int32 sums of several.
+    """
+    depth = x_MK.shape[-1]
+    w_NK = unpack_int4(w_NH, depth)
+    if scale_GN is None:
+        return exact_int_matmul(x_MK, w_NK, EXACT_DEPTH).to(torch.float32)
+    acc = torch.zeros(x_MK.shape[0], w_NH.shape[0], dtype=torch.float32, device=x_MK.device)
+    for group, scale_N in enumerate(scale_GN):
+        inside = slice(group * GROUP, (group + 1) * GROUP)
+        with without_autocast(x_MK):
+            acc += x_MK[:, inside].to(torch.float32) @ w_NK[:, inside].to(torch.float32).t() * scale_N
+    return acc
+
+
+def _check(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None) -> None:
+    if x_q.dtype != torch.int8 or w_q.dtype != torch.uint8:
+        raise ValueError(
+            f"linear_w4a8: operands are int8 and packed uint8; got x {x_q.dtype} and w {w_q.dtype}"
+        )
+    if w_q.dim() != 2 or x_q.dim() < 1 or w_q.shape[1] != half_width(x_q.shape[-1]):
+        raise ValueError(f"linear_w4a8: x {tuple(x_q.shape)} and packed w {tuple(w_q.shape)} share no K")
+    width, groups = w_q.shape[0], -(-x_q.shape[-1] // GROUP)
+    if x_scale.shape != (*x_q.shape[:-1], 1) or tuple(w_scale.shape) not in ((width,), (groups, width)):
+        raise ValueError(
+            f"linear_w4a8: scales must be [..., 1] and [N] or [{groups}, N]; got {tuple(x_scale.shape)}, "
+            f"{tuple(w_scale.shape)}"
+        )
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"linear_w4a8: bias must be [{width}]; got {tuple(bias.shape)}")
+
+
+def linear_w4a8(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """The reference: exact integers, fp32 epilogue (see the module's formula).
+
+    Raises ValueError for dtypes or shapes that do not fit together.
+    """
+    _check(x_q, x_scale, w_q, w_scale, bias)
+    x_2d, packed = x_q.reshape(-1, x_q.shape[-1]), plain_weight(w_q)
+    grouped = w_scale.dim() == 2
+    acc = matmul_int4(x_2d, packed, w_scale if grouped else None).reshape(*x_q.shape[:-1], w_q.shape[0])
+    return linear_epilogue(acc, x_scale, None if grouped else w_scale, bias, out_dtype)
+
+
+def _fake(
+    x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], w_q.shape[0]), dtype=out_dtype)
+
+
+def _samples(device: torch.device) -> Iterator[Sample]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    cases = (
+        ((64,), 128, 64, torch.float32, True, False),
+        ((2, 9), 40, 24, torch.bfloat16, True, False),
+        ((17,), 333, 7, torch.float32, False, False),
+        ((3, 1), 1152, 8, torch.float16, False, True),
+        ((17,), 300, 33, torch.float32, True, True),
+        ((1,), 16, 16, torch.bfloat16, True, True),
+    )
+    for batch, depth, width, dtype, with_bias, grouped in cases:
+        x = torch.randn(*batch, depth, generator=gen, device=device)
+        w = torch.randn(width, depth, generator=gen, device=device) * depth**-0.5
+        bias = torch.randn(width, generator=gen, device=device).to(dtype) if with_bias else None
+        q_NK, scale = quantize_per_group(w, 4, GROUP) if grouped else quantize_per_channel(w, 4)
+        kind = f"{'x'.join(map(str, batch))}-k{depth}-n{width}-{str(dtype).removeprefix('torch.')}"
+        args = (*quantize_per_token(x, 8), pack_int4(q_NK), scale, bias, dtype)
+        yield Sample(label=f"{kind}{'-groups' if grouped else ''}", args=args)
+
+
+# Groups are added in fp32, in an order that is the kernel's own: a rounding for each, beside those of the epilogue.
+_TOLERANCES = {
+    torch.float32: Tolerance(rtol=1e-5, atol=1e-5),
+    torch.float16: Tolerance(rtol=2e-3, atol=1e-4),
+    torch.bfloat16: Tolerance(rtol=1.6e-2, atol=1e-3),
+}
+
+LINEAR_W4A8 = register(
+    QuantOp(
+        name="linear_w4a8",
+        schema="(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        reference=linear_w4a8,
+        fake=_fake,
+        samples=_samples,
+        tolerances=_TOLERANCES,
+    )
+)
