@@ -379,6 +379,20 @@ def test_what_the_backend_refuses_is_one_line(capsys):
         raise ZeroDivisionError
 
 
+def test_doctor_lists_plugins_and_says_which_do_not_import(monkeypatch):
+    def points(group):
+        if group != "viditq_fx.passes":
+            return []
+        names = {"good": "viditq_fx.passes.normalize:Normalize", "bad": "no_such_module_xyz:step"}
+        return [importlib.metadata.EntryPoint(name, value, group) for name, value in names.items()]
+
+    monkeypatch.setattr("viditq_fx.plugins.metadata.entry_points", lambda group: points(group))
+    bad, good = [finding for finding in examine(None) if finding.name.startswith("added")]
+    assert (good.name, good.state, good.detail) == ("added pass", "ok", "plugin 'good'")
+    assert bad.state == "note"
+    assert "'bad': left out, ModuleNotFoundError" in bad.detail
+
+
 def test_doctor_stops_at_a_missing_torch(monkeypatch):
     lost = Finding(name="torch", state="missing", detail="not installed")
     monkeypatch.setattr(doctor_module, "_torch", lambda: lost)
