@@ -367,14 +367,20 @@ def test_explain_without_a_compiler_is_one_line(run, targets, monkeypatch):
     assert_one_line_error(outcome, "/no-such-compiler", "viditq doctor")
 
 
-def test_what_the_backend_refuses_is_one_line(capsys):
+@pytest.mark.parametrize(
+    ("inner", "part"),
+    [
+        (SchemeError("no such scheme"), "no such scheme"),
+        (OSError(28, "No space left"), "TORCHINDUCTOR_CACHE_DIR"),
+    ],
+)
+def test_what_torch_compile_wraps_is_one_line(capsys, inner, part):
     class Wrapped(RuntimeError):  # as torch.compile's BackendCompilerFailed
-        inner_exception = SchemeError("no such scheme")
+        inner_exception = inner
 
     with pytest.raises(SystemExit) as stopped, user_errors():
         raise Wrapped("backend='viditq' raised")
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "viditq: no such scheme\n"
+    assert_one_line_error((stopped.value.code, *capsys.readouterr()), part)
     with pytest.raises(ZeroDivisionError), user_errors():  # a bug keeps its traceback
         raise ZeroDivisionError
 
