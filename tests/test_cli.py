@@ -367,16 +367,36 @@ def test_explain_without_a_compiler_is_one_line(run, targets, monkeypatch):
     assert_one_line_error(outcome, "/no-such-compiler", "viditq doctor")
 
 
-def test_what_the_backend_refuses_is_one_line(capsys):
+@pytest.mark.parametrize(
+    ("inner", "part"),
+    [
+        (SchemeError("no such scheme"), "no such scheme"),
+        (OSError(28, "No space left"), "TORCHINDUCTOR_CACHE_DIR"),
+    ],
+)
+def test_what_torch_compile_wraps_is_one_line(capsys, inner, part):
     class Wrapped(RuntimeError):  # as torch.compile's BackendCompilerFailed
-        inner_exception = SchemeError("no such scheme")
+        inner_exception = inner
 
     with pytest.raises(SystemExit) as stopped, user_errors():
         raise Wrapped("backend='viditq' raised")
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "viditq: no such scheme\n"
+    assert_one_line_error((stopped.value.code, *capsys.readouterr()), part)
     with pytest.raises(ZeroDivisionError), user_errors():  # a bug keeps its traceback
         raise ZeroDivisionError
+
+
+def test_doctor_lists_plugins_and_says_which_do_not_import(monkeypatch):
+    def points(group):
+        if group != "viditq_fx.passes":
+            return []
+        names = {"good": "viditq_fx.passes.normalize:Normalize", "bad": "no_such_module_xyz:step"}
+        return [importlib.metadata.EntryPoint(name, value, group) for name, value in names.items()]
+
+    monkeypatch.setattr("viditq_fx.plugins.metadata.entry_points", lambda group: points(group))
+    bad, good = [finding for finding in examine(None) if finding.name.startswith("added")]
+    assert (good.name, good.state, good.detail) == ("added pass", "ok", "plugin 'good'")
+    assert bad.state == "note"
+    assert "'bad': left out, ModuleNotFoundError" in bad.detail
 
 
 def test_doctor_stops_at_a_missing_torch(monkeypatch):

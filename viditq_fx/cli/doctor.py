@@ -32,7 +32,7 @@ def examine(compiler: str | None) -> list[Finding]:
         "diffusers": "the demo needs it: pip install viditq_fx[diffusers]",
     }
     findings += [_version(name, lack) for name, lack in optional.items()]
-    findings += [_backend(), *_compiler(compiler), _cpu(), *_onednn(), *_kernels(), _gpu()]
+    findings += [_backend(), *_compiler(compiler), _cpu(), *_onednn(), *_kernels(), _gpu(), *_plugins()]
     return findings
 
 
@@ -132,6 +132,19 @@ def _kernels() -> list[Finding]:
         findings.append(
             Finding(name=f"{name} on the CPU", state="note" if choice.reason else "ok", detail=detail)
         )
+    return findings
+
+
+def _plugins() -> list[Finding]:
+    """What other packages add to every compile, and what of it cannot be imported."""
+    from viditq_fx.plugins import PASSES_GROUP, TEMPLATES_GROUP, Failure, installed
+
+    findings = []
+    for group, what in ((PASSES_GROUP, "pass"), (TEMPLATES_GROUP, "template")):
+        for plugin in installed(group):
+            failed = isinstance(plugin.value, Failure)
+            detail = f"{plugin.name}: left out, {plugin.value}" if failed else plugin.name
+            findings.append(Finding(name=f"added {what}", state="note" if failed else "ok", detail=detail))
     return findings
 
 

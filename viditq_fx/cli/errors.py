@@ -68,6 +68,10 @@ def user_errors() -> Iterator[None]:
         inner = getattr(error, "inner_exception", None)
         if isinstance(inner, ViditqError):
             fail(str(inner))
+        if isinstance(inner, OSError) and inner.errno == errno.ENOSPC:
+            fail(
+                f"cannot write compiled code (TORCHINDUCTOR_CACHE_DIR names another folder): {inner.strerror}"
+            )
         if type(inner).__name__ == "InvalidCxxCompiler":
             fail(f"{inner}; install g++ or set CXX; viditq doctor says what is found")
         raise
