@@ -269,3 +269,20 @@ def test_a_bias_that_the_graph_writes_is_not_joined_beforehand():
     for _ in range(3):
         for got, want in zip(call(x), eager(x), strict=True):
             assert relative_error(got, want) < 0.02
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_weight_joined_here_and_in_another_group_or_alone_there(again):
+    """Self-attention, then cross-attention with the same weights."""
+
+    class Twice(Projections):
+        def forward(self, x, text):
+            return [*super().forward(x), *(part(text) for part in self.parts[:again])]
+
+    model = Twice().eval().requires_grad_(False)
+    inputs = torch.randn(2, 20, K), torch.randn(2, 30, K)
+    want = model(*inputs)
+    for got, wanted in zip(
+        torch.compile(model, backend="viditq", fullgraph=True)(*inputs), want, strict=True
+    ):
+        assert relative_error(got, wanted) < 0.02

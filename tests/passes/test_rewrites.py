@@ -172,3 +172,14 @@ def test_a_value_written_in_place_is_refused():
     (before,) = graph.run()
     assert not [r for r in FuseNormQuantize().run(graph.gm, graph.ctx) if isinstance(r, Match)]
     assert torch.equal(graph.run()[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_rms_norm_without_eps_takes_the_eps_that_torch_takes(dtype):
+    """Of small values: eps is as large as their squares where it is taken for that of the half-precision type."""
+    x, w = drawn([(2, 20, K), (K, K)])
+    graph = linears(lambda x, w: F.linear(F.rms_norm(x, (K,)), w), (0.05 * x).to(dtype), w.to(dtype))
+    (before,) = graph.run()
+    (result,) = FuseNormQuantize().run(graph.gm, graph.ctx)
+    assert isinstance(result, Match)
+    assert relative_error(graph.run()[0], before) < (1e-5 if dtype == torch.float32 else 2e-2)

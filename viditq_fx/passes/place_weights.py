@@ -134,10 +134,11 @@ def _placeholders(
     for name, value in zip(names, values, strict=True):
         with graph.inserting_after(last):
             node = graph.placeholder(name)
+        node.target = node.name  # a weight that is joined here and read alone there begins two names alike
         node.meta = {
             "example_value": value.contiguous(),  # the store packs row-major, whatever the weight is
             "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
-            SLOT_KEY: name,
+            SLOT_KEY: node.name,
             SITE_KEY: like.meta[SITE_KEY],
         }
         node._dynamo_source = None  # type: ignore[attr-defined]

@@ -92,8 +92,9 @@ def _rms_norm(node: fx.Node) -> Spelled | None:
     if len(got["normalized_shape"]) != 1:
         return None
     eps = constant(got["eps"])
-    value = example(node)
-    eps = torch.finfo(value.dtype).eps if eps is None and isinstance(value, torch.Tensor) else eps
+    if eps is None:  # torch takes that of the type it computes in, which for half precision is fp32
+        wide = getattr(example(node), "dtype", None) == torch.float64
+        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
     return Spelled("rms_norm", (got["input"],), {"weight": got["weight"], "bias": None, "eps": eps})
 
 
