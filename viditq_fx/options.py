@@ -20,7 +20,7 @@ class CompileOptions:
     """The options that viditq_fx itself understands; every other key is Inductor's."""
 
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme.parse("w8a8"))
-    """Scheme of every site that the policy quantizes, by name: "w8a8", "w8a7", "w4a8" or "w4a8-g128"."""
+    """Scheme of every site that the policy quantizes, by name: "w8a8", "w8a7", "w4a8", "w4a8-g128" or "fp8"."""
     keep: tuple[str, ...] = ()
     """Sites to leave in full precision besides the policy's: globs over module paths, or roles."""
     strict: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from viditq_fx import ops
 from viditq_fx.errors import ViditqError, WeightError
 from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
-from viditq_fx.ops.weight_forms import dequantize_weight, quantize_weight, stored_dtype
+from viditq_fx.ops.weight_forms import dequantize_weight, quantize_input, quantize_weight, stored_dtype
 from viditq_fx.scheme import QuantScheme
 
 _HOOKS = (
@@ -118,7 +118,7 @@ class QuantLinear(nn.Module):
         )
         if torch.compiler.is_compiling():
             self._keep_plain_for_export()
-        x_q, x_scale = ops.QUANTIZE_PER_TOKEN.overload(x, self.scheme.input_bits)
+        x_q, x_scale = quantize_input(x, self.scheme)
         linear = ops.LINEARS[str(self.scheme)].overload
         return linear(x_q, x_scale, self._weight_q, self._weight_scale, self.bias, dtype)
 
@@ -147,7 +147,7 @@ class QuantLinear(nn.Module):
     def weight_q(self) -> Tensor:
         """The stored weight, to read (a copy where only oneDNN's layout of it is in memory)."""
         if torch.compiler.is_dynamo_compiling():
-            if self.scheme.weight_form.nibbles:  # these have no other layout, so their memory is never gone
+            if self._weight_q.dtype != torch.int8:  # these have no other layout: their memory is never gone
                 return self._weight_q.clone()
             return ops.READ_INT8.overload(self._weight_q)
         return plain_weight(self._weight_q)

@@ -22,6 +22,8 @@ class WeightForm:
     group: int | None = None
     nibbles: bool = False
     """Two integers to a byte (see ops/pack.py)."""
+    floating: bool = False
+    """e4m3 numbers and not integers."""
 
     def stored_width(self, depth: int) -> int:
         """Elements of a stored row, one byte each, for K = `depth`."""
@@ -50,23 +52,30 @@ class QuantScheme:
     `w8a8` is the default. `w8a7` keeps one bit less of the input: CPU integer units without VNNI
     add pairs of products in 16 bits, which saturates with 8-bit inputs and is exact with 7.
     `w4a8` halves the weights' memory again; `w4a8-g128` gives most of the lost precision back.
+    `fp8` is `w8a8` in e4m3, 8-bit floating point, for GPUs that multiply it (sm_89 and later).
     """
 
     weight_bits: int
     input_bits: int
     group: int | None = None
+    floating: bool = False
 
     def __post_init__(self) -> None:
-        if (self.weight_bits, self.input_bits, self.group) not in _AVAILABLE:
+        if (self.weight_bits, self.input_bits, self.group, self.floating) not in _AVAILABLE:
             raise SchemeError(f"scheme {str(self)!r} is not available; choose one of {available_schemes()}")
 
     def __str__(self) -> str:
-        return _name(self.weight_bits, self.input_bits, self.group)
+        return _name(self.weight_bits, self.input_bits, self.group, self.floating)
 
     @property
     def weight_form(self) -> WeightForm:
         """What its weights are packed to."""
-        return WeightForm(bits=self.weight_bits, group=self.group, nibbles=self.weight_bits == 4)
+        return WeightForm(
+            bits=self.weight_bits,
+            group=self.group,
+            nibbles=self.weight_bits == 4,
+            floating=self.floating,
+        )
 
     @classmethod
     def parse(cls, name: str | QuantScheme) -> QuantScheme:
@@ -78,6 +87,8 @@ class QuantScheme:
             return name
         if not isinstance(name, str):
             raise SchemeError(f"a scheme is a name such as 'w8a8', not {type(name).__name__} {name!r}")
+        if name.strip().lower() == "fp8":
+            return cls(weight_bits=8, input_bits=8, floating=True)
         match = _NAME.match(name.strip().lower())
         if match is None:
             raise SchemeError(f"unknown scheme {name!r}; choose one of {available_schemes()}")
@@ -85,10 +96,18 @@ class QuantScheme:
         return cls(weight_bits=int(match[1]), input_bits=int(match[2]), group=group)
 
 
-_AVAILABLE = ((8, 8, None), (8, 7, None), (4, 8, None), (4, 8, GROUP))
+_AVAILABLE = (
+    (8, 8, None, False),
+    (8, 7, None, False),
+    (4, 8, None, False),
+    (4, 8, GROUP, False),
+    (8, 8, None, True),
+)
 
 
-def _name(weight: int, inputs: int, group: int | None) -> str:
+def _name(weight: int, inputs: int, group: int | None, floating: bool) -> str:
+    if floating:
+        return "fp8"
     return f"w{weight}a{inputs}" + (f"-g{group}" if group else "")
 
 

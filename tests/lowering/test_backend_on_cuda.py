@@ -18,13 +18,12 @@ pytestmark = pytest.mark.slow
 WIDTH = 256
 
 
-@pytest.fixture(scope="module")
-def generated():
+def generate(scheme="w8a8", cc=90):
     """(generated code, report) of one DiT block in bf16."""
     reports = []
 
     def compiler(gm, inputs):
-        reports.append(viditq_backend(gm, inputs).report)
+        reports.append(viditq_backend(gm, inputs, options={"scheme": scheme}).report)
 
     def make():
         torch.set_default_dtype(torch.bfloat16)
@@ -35,7 +34,12 @@ def generated():
         finally:
             torch.set_default_dtype(torch.float32)
 
-    return cuda_code(make, compiler=compiler).text, reports[0]
+    return cuda_code(make, cc, compiler=compiler).text, reports[0]
+
+
+@pytest.fixture(scope="module")
+def generated():
+    return generate()
 
 
 def test_every_quantized_site_runs_the_template(generated):
@@ -82,3 +86,23 @@ def test_int8_attention_runs_its_kernel(dynamic):
     assert len(re.findall(r"attention_int8_kernel\w*\.run\(", body)) == 1
     assert "bmm" not in body
     assert "_scaled_dot_product" not in body
+
+
+@pytest.mark.parametrize(
+    ("scheme", "template"),
+    [("w4a8", "linear_w4a8"), ("w4a8-g128", "linear_w4a8_g128"), ("fp8", "linear_w8a8_fp8")],
+)
+def test_other_schemes_run_their_templates(scheme, template):
+    _, report = generate(scheme)
+    done = {s.fqn: (s.done, s.kernel.split()[0]) for s in report.sites if s.done}
+    assert done == dict.fromkeys(("q", "k", "v", "out", "up", "down"), (scheme, f"triton:{template}"))
+    share = {"w4a8": 0.27, "w4a8-g128": 0.29, "fp8": 0.51}[scheme]
+    assert all(s.bytes_packed <= share * s.bytes_full for s in report.sites if s.done)
+
+
+def test_fp8_is_refused_by_a_device_that_does_not_multiply_it():
+    code, report = generate("fp8", cc=80)
+    refused = [s for s in report.sites if s.planned == "fp8"]
+    assert len(refused) == 6
+    assert all(s.done is None and "the device is sm_80" in s.reason for s in refused)
+    assert "fp8" not in code

@@ -14,7 +14,7 @@ from typing import Any
 from nogpu.fake_cuda import fake_cuda
 
 PTX_MMA = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
-SASS_MMA = re.compile(r"\b(?:IGMMA|IMMA|HGMMA|QGMMA|HMMA|UTC\w*MMA)\b")
+SASS_MMA = re.compile(r"\b(?:IGMMA|IMMA|HGMMA|QGMMA|QMMA|HMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,3 +81,19 @@ def fix_scalars() -> None:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patch_tensor
+
+
+def fix_fp8_casts() -> None:
+    """Round fp32 -> e4m3 to nearest even, as devices and torch do: the interpreter cuts off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, source: Any, target: Any, *rest: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.float8e4nv:
+            return plain(self, source, target, *rest)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(rounded.view(torch.uint8).numpy(), target.scalar)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

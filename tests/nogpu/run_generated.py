@@ -22,7 +22,7 @@ import torch
 import torch._inductor.runtime.triton_helpers as triton_helpers
 import triton
 import triton.language as tl
-from nogpu.interpreter import fix_dot, fix_scalars
+from nogpu.interpreter import fix_dot, fix_fp8_casts, fix_scalars
 
 
 def elementwise(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], Any]:
@@ -126,6 +126,7 @@ def main(source: str, target: str) -> None:
     assert triton.knobs.runtime.interpret, "start this process with TRITON_INTERPRET=1"
     fix_dot()
     fix_scalars()
+    fix_fp8_casts()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (code, args) in enumerate(torch.load(source, weights_only=False)):

@@ -121,7 +121,7 @@ def explain(
         ),
     ],
     scheme: Annotated[
-        str | None, typer.Option(help="w8a8, w8a7, w4a8 or w4a8-g128.  [default: w8a8]")
+        str | None, typer.Option(help="w8a8, w8a7, w4a8, w4a8-g128 or fp8.  [default: w8a8]")
     ] = None,
     keep: Annotated[
         list[str] | None,

@@ -127,6 +127,8 @@ def _kernels() -> list[Finding]:
     findings = []
     for name in available_schemes():
         scheme = QuantScheme.parse(name)
+        if scheme.floating:  # what a GPU computes
+            continue
         choice = choose_cpu_kernel(scheme.input_bits, scheme.weight_form.nibbles)
         detail = choice.kernel + (f": {choice.reason}" if choice.reason else "")
         findings.append(
@@ -151,9 +153,11 @@ def _plugins() -> list[Finding]:
 def _gpu() -> Finding:
     import torch
 
+    from viditq_fx.ops.fp8 import why_no_fp8
+
     if not torch.cuda.is_available():
         return Finding(name="GPU", state="note", detail="none that torch can use; models run on the CPU")
     major, minor = torch.cuda.get_device_capability()
-    return Finding(
-        name="GPU", state="ok", detail=f"{torch.cuda.get_device_name()}, capability {major}.{minor}"
-    )
+    lack = why_no_fp8(torch.device("cuda"))
+    detail = f"{torch.cuda.get_device_name()}, capability {major}.{minor}"
+    return Finding(name="GPU", state="note" if lack else "ok", detail=detail + (f"; {lack}" if lack else ""))

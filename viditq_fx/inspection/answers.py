@@ -37,7 +37,7 @@ def answers(report: ExplainReport) -> Answers:
 def _quantized(report: ExplainReport) -> list[str]:
     linears, done = len(report.sites), report.count("quantized")
     if not done:
-        return [f"Nothing: none of the {linears} linears of {report.model} runs in integers."]
+        return [f"Nothing: none of the {linears} linears of {report.model} runs {_numbers(report)}."]
     rows = by_role(report)
     everything_row, linear_row = total(rows), total(r for r in rows if r.role != "attention")
     schemes = "; ".join(f"{scheme}: {scheme_in_words(scheme)}" for scheme in report.schemes)
@@ -46,10 +46,14 @@ def _quantized(report: ExplainReport) -> list[str]:
         share += f", {percent(everything_row.flops_quantized, everything_row.flops)} counting attention too"
     roles = ", ".join(f"{row.quantized} {row.role}" for row in rows if row.quantized)
     return [
-        f"{done} of {linears} linears of {report.model} run in integers ({schemes}).",
+        f"{done} of {linears} linears of {report.model} run {_numbers(report)} ({schemes}).",
         f"They do {share}.",
         f"By role: {roles}.",
     ]
+
+
+def _numbers(report: ExplainReport) -> str:
+    return "in 8-bit floating point" if report.schemes == ("fp8",) else "in integers"
 
 
 def _not_quantized(report: ExplainReport) -> list[str]:

@@ -20,6 +20,7 @@ _SCHEME = re.compile(r"w(\d+)a(\d+)(?:-g(\d+))?")
 _OPS = {
     "linear_w8a8": "an int8 GEMM with scales and bias; several names in one box are one wide GEMM",
     "linear_w8a7": "a GEMM of 8-bit weights and 7-bit activations; several names in one box are one wide GEMM",
+    "linear_w8a8_fp8": "a GEMM in 8-bit floating point (e4m3) with scales and bias",
     "linear_w4a8": "a GEMM of 4-bit weights, widened in registers, and 8-bit activations",
     "quantize_per_token": "finds a scale for each token and rounds",
     "norm_modulate_quantize": "LayerNorm or RMSNorm, adaLN scale and shift, and that rounding, in one op",
@@ -52,6 +53,8 @@ def ops_in_words(ops: Iterable[str]) -> dict[str, str]:
 def scheme_in_words(scheme: str) -> str:
     """ "w8a7" -> "8-bit weights, 7-bit activations"."""
     match = _SCHEME.fullmatch(scheme)
+    if scheme == "fp8":
+        return "8-bit floating point (e4m3) for weights and activations"
     if match is None:
         return scheme
     weights, inputs, group = match.groups()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from viditq_fx.lowering import inductor_compat as inductor
-from viditq_fx.lowering.extern_linear import viditq_int_mm_linear
+from viditq_fx.lowering.extern_linear import viditq_int_mm_linear, viditq_scaled_mm_linear
 from viditq_fx.ops.base import QuantOp
 
 
@@ -16,7 +16,8 @@ def install(others: Iterable[QuantOp] = ()) -> None:
     Without Triton nothing is registered, so these ops run their eager reference, as any op does that
     has no lowering. The registries that this fills are Inductor's own; a second call changes nothing.
     """
-    inductor.register_extern(viditq_int_mm_linear)
+    for extern in (viditq_int_mm_linear, viditq_scaled_mm_linear):
+        inductor.register_extern(extern)
     if not inductor.has_triton():
         return
     from viditq_fx.lowering.linear import ROUTES, lower_linear

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 
 from viditq_fx.lowering import inductor_compat as inductor
-from viditq_fx.lowering.extern_linear import viditq_int_mm_linear
+from viditq_fx.lowering.extern_linear import (
+    viditq_int_mm_linear,
+    viditq_scaled_mm_linear,
+    why_no_scaled_mm,
+)
 from viditq_fx.lowering.kernel_log import KernelRecord, record
 from viditq_fx.lowering.templates import outside_templates
+from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
-from viditq_fx.triton_templates import linear_w4a8, linear_w8a8
+from viditq_fx.triton_templates import linear_fp8, linear_w4a8, linear_w8a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
 
 EXTERN = "extern:int_mm"
 EAGER = "eager reference"
+SIMULATION = "simulation: e4m3 values, fp32 arithmetic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,14 @@ class Route:
     extern: Callable[..., Any] | None = None
     """cuBLAS, with the op's arguments: the rival in autotuning, and the fall-back."""
     extern_name: str = ""
+    extern_fits: Callable[[LinearProblem | str, Any], bool] = lambda problem, bias: True
+    """Whether cuBLAS computes a problem with this bias (its dtype, or None)."""
+    reference: str = EAGER
+    """The report's name of the op's eager implementation."""
+
+
+def _scaled_mm_fits(problem: LinearProblem | str, bias: Any) -> bool:
+    return not isinstance(problem, str) and why_no_scaled_mm(problem, bias) is None
 
 
 _INT8 = Route(templates=(linear_w8a8.TEMPLATE,), extern=viditq_int_mm_linear, extern_name=EXTERN)
@@ -44,6 +58,13 @@ ROUTES: dict[Any, Route] = {
     LINEAR_W8A7.overload: _INT8,
     # No cuBLAS: it would need the weight as int8 in memory.
     LINEAR_W4A8.overload: Route(templates=(linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED)),
+    LINEAR_W8A8_FP8.overload: Route(
+        templates=(linear_fp8.TEMPLATE,),
+        extern=viditq_scaled_mm_linear,
+        extern_name="extern:scaled_mm",
+        extern_fits=_scaled_mm_fits,
+        reference=SIMULATION,
+    ),
 }
 _NOTHING_OF_OURS = Route(templates=())
 
@@ -52,9 +73,9 @@ def lower_linear(
     overload: Any, x_q: Any, x_scale: Any, w_q: Any, w_scale: Any, bias: Any, out_dtype: torch.dtype
 ) -> Any:
     """Inductor's lowering of the ops in ROUTES and ops like them: TensorBoxes in, TensorBox out."""
-    device = x_q.get_device()
+    device, route = x_q.get_device(), ROUTES.get(overload, _NOTHING_OF_OURS)
     if device.type != "cuda" or torch.version.hip:
-        _record(overload, EAGER, f"no kernel of ours for device type {device.type}")
+        _record(overload, route.reference, f"no kernel of ours for device type {device.type}")
         return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
     size = [*x_q.get_size()[:-1], w_q.get_size()[0]]
     if inductor.static_int(inductor.product(size[:-1])) == 0:
@@ -62,7 +83,6 @@ def lower_linear(
         return inductor.zero_tensor(size, out_dtype, device)
     layout = inductor.output_layout(x_q, size, out_dtype)
     inputs = [inductor.contiguous(t) for t in (x_q, x_scale, w_q, w_scale, bias) if t is not None]
-    route = ROUTES.get(overload, _NOTHING_OF_OURS)
     templates = (*outside_templates(overload), *route.templates)
     problem = _problem(device, size, inputs, templates, out_dtype)
     tuned = inductor.wants_autotuning()
@@ -71,10 +91,11 @@ def lower_linear(
         label: _choice(template, config, inputs, layout, size, bias is not None)
         for label, (template, config) in configs.items()
     }
-    if route.extern is not None and (tuned or not named):
+    fits = route.extern_fits(problem, None if bias is None else bias.get_dtype())
+    if route.extern is not None and fits and (tuned or not named):
         named[route.extern_name] = inductor.extern_choice(route.extern, inputs, layout, out_dtype=out_dtype)
     if not configs:
-        _record(overload, route.extern_name or EAGER, "; ".join(declined))
+        _record(overload, route.extern_name if named else route.reference, "; ".join(declined))
         if named:
             return named[route.extern_name].output_node()
         return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)

@@ -12,7 +12,7 @@ from viditq_fx.lowering.attention_cuda import select_attention_kernels
 from viditq_fx.lowering.inductor_compat import cache_fingerprint, configured, wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
-from viditq_fx.lowering.select_cpu import KernelChoice, integer_linears, select_cpu_kernels
+from viditq_fx.lowering.select_cpu import KernelChoice, quantized_linears, select_cpu_kernels
 from viditq_fx.lowering.templates import serving
 from viditq_fx.triton_templates.base import KernelTemplate
 
@@ -52,7 +52,7 @@ def compile_with_kernels(
     theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
     inductor.config[_PASS_OPTION] = cache_fingerprint(theirs, foreign)
     others = {op.overload: op for template in templates for op in template.ops}
-    if not integer_linears(gm) and not any(node.target in others for node in gm.graph.nodes):
+    if not quantized_linears(gm) and not any(node.target in others for node in gm.graph.nodes):
         return Compiled(run=inductor(gm, example_inputs), by_node=by_node)
     install(others.values())
     with serving(templates), kernel_log() as log, wide_persistent_reductions():

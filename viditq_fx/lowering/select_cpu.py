@@ -64,6 +64,12 @@ def integer_linears(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.target in _INPUT_BITS]
 
 
+def quantized_linears(gm: fx.GraphModule) -> list[fx.Node]:
+    """Linears of the dialect, of any scheme, that are still whole in a graph."""
+    targets = {op.overload for op in ops.LINEARS.values()}
+    return [node for node in gm.graph.nodes if node.target in targets]
+
+
 def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
     """Rewrite every integer linear on a CPU; returns the choice by the linear's node name."""
     choices: dict[str, KernelChoice] = {}

@@ -4,6 +4,7 @@ from viditq_fx.ops.activation import ACTIVATION_QUANTIZE
 from viditq_fx.ops.attention import ATTENTION_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.cat import CAT_INT8
+from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_CHANNEL, QUANTIZE_FP8_PER_TOKEN
 from viditq_fx.ops.int4 import MATMUL_S8S4
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
@@ -34,6 +35,7 @@ __all__ = [
     "LINEAR_W4A8",
     "LINEAR_W8A7",
     "LINEAR_W8A8",
+    "LINEAR_W8A8_FP8",
     "MATMUL_F32S8",
     "MATMUL_S8S4",
     "MATMUL_S8S8",
@@ -41,6 +43,8 @@ __all__ = [
     "NORM_MODULATE_QUANTIZE",
     "PACK_INT4",
     "PACK_INT8",
+    "QUANTIZE_FP8_PER_CHANNEL",
+    "QUANTIZE_FP8_PER_TOKEN",
     "QUANTIZE_PER_CHANNEL",
     "QUANTIZE_PER_GROUP",
     "QUANTIZE_PER_TOKEN",

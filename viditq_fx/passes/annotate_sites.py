@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from viditq_fx.graph_edit import example
+from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8, why_no_fp8
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.convolution import is_pointwise_conv, row_sizes, why_no_linear
 from viditq_fx.passes.dataflow import DataFlow, source_name, weight_parameter
@@ -76,6 +77,8 @@ def move_site(old: fx.Node, new: fx.Node, ctx: PassContext) -> None:
 
 def scheme_of_linear(node: fx.Node) -> str:
     """Name of the scheme of a linear of the dialect: its op's, and groups where its weight has a scale for each."""
+    if node.target is LINEAR_W8A8_FP8.overload:
+        return "fp8"
     grouped = example(node.args[3]).dim() == 2  # type: ignore[arg-type]
     return op_name(node).removeprefix("linear_") + (f"-g{GROUP}" if grouped else "")
 
@@ -124,6 +127,8 @@ def _plan(
     if reason is None:
         entry.planned = str(ctx.scheme)
         reason = _why_impossible(node, written)
+        if reason is None and ctx.scheme.floating:
+            reason = why_no_fp8(example(node).device)
     if reason is not None:
         entry.reason = reason
         return Reject(site=site, reason=reason)

@@ -25,11 +25,10 @@ from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import is_parameter, weight_parameter
 from viditq_fx.passes.effects import write_roots
 from viditq_fx.passes.fuse_linear import insert_pack
-from viditq_fx.passes.insert_qdq import SCHEME_KEY, insert_weight_quantize
+from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT, SCHEME_KEY, insert_weight_quantize
 from viditq_fx.passes.layouts import wants_memory_of_its_own
 
 _LINEARS = frozenset(op.overload for op in ops.LINEARS.values())
-_QUANTIZE = (ops.QUANTIZE_PER_CHANNEL.overload, ops.QUANTIZE_PER_GROUP.overload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ def _pair_of(node: fx.Node) -> fx.Node | None:
     if isinstance(integers, fx.Node) and integers.target is ops.PACK_INT4.overload:
         integers = integers.args[0]
     pair = integers.args[0] if isinstance(integers, fx.Node) and integers.args else None
-    quantizes = isinstance(pair, fx.Node) and pair.target in _QUANTIZE
+    quantizes = isinstance(pair, fx.Node) and pair.target in QUANTIZE_WEIGHT
     return pair if isinstance(pair, fx.Node) and quantizes else None
 
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
+from viditq_fx.ops.fp8 import fake_fp8_per_channel, fake_fp8_per_token
 from viditq_fx.ops.quantize import fake_dequantized, fake_per_channel, fake_per_group, fake_per_token
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
@@ -25,6 +26,14 @@ from viditq_fx.site import Site
 
 SCHEME_KEY = "viditq_scheme"
 """Key of a node's meta that holds the scheme of the site it belongs to."""
+QUANTIZE_WEIGHT = (
+    ops.QUANTIZE_PER_CHANNEL.overload,
+    ops.QUANTIZE_PER_GROUP.overload,
+    ops.QUANTIZE_FP8_PER_CHANNEL.overload,
+)
+"""Ops that return (integers or e4m3 numbers, scales) of a weight."""
+_Key = tuple[fx.Node, int, bool]
+"""What is quantized, its bits, and whether they are floating point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +45,7 @@ class InsertQdq(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
-        quantized: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]] = {}
+        quantized: dict[_Key, tuple[fx.Node, fx.Node]] = {}
         order = {node: index for index, node in enumerate(gm.graph.nodes)}
         for node in order:
             if is_mutation(node):
@@ -60,17 +69,19 @@ def _wrap_input(
     graph: fx.Graph,
     linear: fx.Node,
     scheme: QuantScheme,
-    quantized: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node]],
+    quantized: dict[_Key, tuple[fx.Node, fx.Node]],
 ) -> None:
     """Quantize the input; linears that share it share one quantize."""
     x = linear.args[0]
     assert isinstance(x, fx.Node)
-    key = (x, scheme.input_bits)
+    key = (x, scheme.input_bits, scheme.floating)
     with graph.inserting_before(linear):
         if key not in quantized:
-            pair = call(
-                graph, ops.QUANTIZE_PER_TOKEN.overload, (x, scheme.input_bits), linear, fake_per_token
-            )
+            if scheme.floating:
+                pair = call(graph, ops.QUANTIZE_FP8_PER_TOKEN.overload, (x,), linear, fake_fp8_per_token)
+            else:
+                operands = (x, scheme.input_bits)
+                pair = call(graph, ops.QUANTIZE_PER_TOKEN.overload, operands, linear, fake_per_token)
             quantized[key] = (getitem(graph, pair, 0, linear), getitem(graph, pair, 1, linear))
             _stamp((pair, *quantized[key]), linear, scheme, "input")
         q, scale = quantized[key]
@@ -82,7 +93,9 @@ def _wrap_input(
 
 def insert_weight_quantize(graph: fx.Graph, weight: fx.Node, scheme: QuantScheme, like: fx.Node) -> fx.Node:
     """Insert the op that gives (integers [N, K], scales) of a weight in this scheme."""
-    if scheme.group is None:
+    if scheme.floating:
+        op, fake, operands = ops.QUANTIZE_FP8_PER_CHANNEL, fake_fp8_per_channel, (weight,)
+    elif scheme.group is None:
         op, fake, operands = ops.QUANTIZE_PER_CHANNEL, fake_per_channel, (weight, scheme.weight_bits)
     else:
         op, fake = ops.QUANTIZE_PER_GROUP, fake_per_group

@@ -23,11 +23,11 @@ from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import BiasSlot, Match, Pass, PassContext, Reject, WeightSlot
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import op_name
+from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT
 from viditq_fx.scheme import WeightForm
 
 SLOT_KEY = "viditq_slot"
 """Key of a placeholder's meta: this input holds a packed weight or its scales."""
-_QUANTIZE_WEIGHT = (ops.QUANTIZE_PER_CHANNEL.overload, ops.QUANTIZE_PER_GROUP.overload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,11 @@ class PlaceWeights(Pass):
         results: list[Match | Reject] = []
         slots: dict[tuple[tuple[str, ...], WeightForm], tuple[fx.Node, fx.Node]] = {}
         for node in list(gm.graph.nodes):
-            if node.target not in _QUANTIZE_WEIGHT:
+            if node.target not in QUANTIZE_WEIGHT:
                 continue
-            weight, bits, *group = node.args
+            weight, packs = node.args[0], _packs(node)
             assert isinstance(weight, fx.Node)
-            packs = _packs(node)
-            form = WeightForm(bits=bits, group=group[0] if group else None, nibbles=bool(packs))  # type: ignore[arg-type]
+            form = _form(node, nibbles=bool(packs))
             key = (tuple(source.name for source in _sources(weight)), form)
             if key not in slots:
                 slots[key] = _new_inputs(gm.graph, _sources(weight)[0], node, packs)
@@ -74,6 +73,13 @@ class PlaceWeights(Pass):
                 gm.graph.erase_node(placeholders[name])
         _fill_bytes(gm, ctx)
         return tuple(results)
+
+
+def _form(pair: fx.Node, nibbles: bool) -> WeightForm:
+    if pair.target is ops.QUANTIZE_FP8_PER_CHANNEL.overload:
+        return WeightForm(floating=True)
+    _, bits, *group = pair.args
+    return WeightForm(bits=int(bits), group=int(group[0]) if group else None, nibbles=nibbles)  # type: ignore[call-overload]
 
 
 def _packs(pair: fx.Node) -> list[fx.Node]:
@@ -120,8 +126,9 @@ def _new_inputs(
     graph: fx.Graph, weight: fx.Node, like: fx.Node, packs: Sequence[fx.Node]
 ) -> tuple[fx.Node, fx.Node]:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in ("int4" if packs else "int8", "scale")]
     integers, scales = example(like)
+    kind = "int4" if packs else "fp8" if integers.is_floating_point() else "int8"
+    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in (kind, "scale")]
     values = [example(packs[0]) if packs else integers, scales]
     quantized, scale = _placeholders(graph, last, names, values, like)
     return quantized, scale

@@ -10,14 +10,16 @@ from torch import fx
 from viditq_fx import ops
 from viditq_fx.errors import VerifyError
 from viditq_fx.graph_edit import example
+from viditq_fx.ops.fp8 import E4M3
 from viditq_fx.passes.base import PassContext
-from viditq_fx.passes.insert_qdq import SCHEME_KEY
+from viditq_fx.passes.effects import op_name
+from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT, SCHEME_KEY
 from viditq_fx.passes.place_weights import SLOT_KEY
 
 _QUANTIZE = (
     ops.QUANTIZE_PER_TOKEN.overload,
-    ops.QUANTIZE_PER_CHANNEL.overload,
-    ops.QUANTIZE_PER_GROUP.overload,
+    ops.QUANTIZE_FP8_PER_TOKEN.overload,
+    *QUANTIZE_WEIGHT,
     ops.NORM_MODULATE_QUANTIZE.overload,
     ops.ACTIVATION_QUANTIZE.overload,
 )
@@ -69,8 +71,12 @@ def _problem(node: fx.Node) -> str | None:
 def _linear_problem(node: fx.Node) -> str | None:
     x, x_scale, w, w_scale = (example(arg) for arg in node.args[:4])  # type: ignore[arg-type]
     nibbles = node.target is ops.LINEAR_W4A8.overload
-    if x.dtype != torch.int8 or w.dtype != (torch.uint8 if nibbles else torch.int8):
-        return f"integer linear over {x.dtype} x {w.dtype}"
+    wanted = {
+        ops.LINEAR_W4A8.overload: (torch.int8, torch.uint8),
+        ops.LINEAR_W8A8_FP8.overload: (E4M3, E4M3),
+    }
+    if (x.dtype, w.dtype) != wanted.get(node.target, (torch.int8, torch.int8)):
+        return f"{op_name(node)} over {x.dtype} x {w.dtype}"
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         return "scales are fp32"
     ranks = (1, 2) if nibbles else (1,)

@@ -1,4 +1,4 @@
-"""What Inductor generates for CUDA from 4-bit linears: one kernel each, with what follows fused into it."""
+"""What Inductor generates for CUDA from linears in 4 bits and in fp8: one kernel each, with what follows fused in."""
 
 import re
 
@@ -17,30 +17,37 @@ from nogpu.interpreter import run_interpreted
 from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
-from viditq_fx.ops.weight_forms import quantize_weight
-from viditq_fx.scheme import QuantScheme, half_width
+from viditq_fx.ops.weight_forms import LINEARS, quantize_input, quantize_weight, stored_dtype
+from viditq_fx.scheme import QuantScheme
+from viditq_fx.triton_templates import linear_fp8, linear_w4a8
 
 pytestmark = pytest.mark.slow
 BF16 = torch.bfloat16
-SCHEMES = ("w4a8", "w4a8-g128")
+CASES = [(scheme, cc) for scheme in ("w4a8", "w4a8-g128") for cc in (80, 89, 90, 100)]
+CASES += [("fp8", cc) for cc in (89, 90, 100)]
+TEMPLATES = {"w4a8": "linear_w4a8", "w4a8-g128": "linear_w4a8_g128", "fp8": "linear_w8a8_fp8"}
+POINTERS = {"w4a8": "'*u8'", "w4a8-g128": "'*u8'", "fp8": "'*fp8e4nv'"}
+"""Types of the weight as it is stored."""
 
 
 class FeedForward(torch.nn.Module):
-    """LayerNorm, modulate, W4A8 linear, GELU, W4A8 linear, gate, residual: half of a DiT block."""
+    """LayerNorm, modulate, linear, GELU, linear, gate, residual: half of a DiT block, in one scheme."""
 
     def __init__(self, scheme, dim=1152, hidden=4608, dtype=BF16, device="cuda"):
         super().__init__()
-        self.dim, self.dtype, self.form = dim, dtype, QuantScheme.parse(scheme).weight_form
+        self.dim, self.dtype, self.scheme = dim, dtype, QuantScheme.parse(scheme)
+        self.form = self.scheme.weight_form
         for name, (width, depth) in {"up": (hidden, dim), "down": (dim, hidden)}.items():
             groups = () if self.form.group is None else (-(-depth // self.form.group),)
-            stored = torch.empty(width, half_width(depth), dtype=torch.uint8, device=device)
+            shape, kind = (width, self.form.stored_width(depth)), stored_dtype(self.form)
+            stored = torch.empty(shape, dtype=kind, device=device)
             self.register_buffer(f"{name}_q", stored)
             self.register_buffer(f"{name}_scale", torch.empty(*groups, width, device=device))
             self.register_buffer(f"{name}_bias", torch.empty(width, dtype=dtype, device=device))
 
     def linear(self, x, name):
         weights = (getattr(self, f"{name}_{part}") for part in ("q", "scale", "bias"))
-        return torch.ops.viditq.linear_w4a8(*torch.ops.viditq.quantize_per_token(x, 8), *weights, self.dtype)
+        return LINEARS[str(self.scheme)].overload(*quantize_input(x, self.scheme), *weights, self.dtype)
 
     def forward(self, x, shift, scale, gate):
         h = F.layer_norm(x, (self.dim,)) * (1 + scale) + shift
@@ -74,24 +81,23 @@ def generate(scheme, cc=90, dynamic=None, tokens=1024, **sizes):
     return code, names, log
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("cc", [80, 89, 90, 100])
+@pytest.mark.parametrize(("scheme", "cc"), CASES)
 def test_half_block_is_four_kernels_that_do_not_spill(scheme, cc):
     code, _, log = generate(scheme, cc)
     kernels = kernel_sources(code)
     assert [re.match(r"triton_(\w+?)_fused", name)[1] for name in kernels] == ["per", "tem", "per", "tem"]
     assert "extern_kernels." not in code.split("async_compile.wait")[1]
-    name = "triton:linear_w4a8" + ("_g128" if "g128" in scheme else "")
-    assert [entry.kernel.split()[0] for entry in log.values()] == [name] * 2
+    assert [entry.kernel.split()[0] for entry in log.values()] == [f"triton:{TEMPLATES[scheme]}"] * 2
     assert [entry.reason for entry in log.values()] == ["estimated best tile"] * 2
     for kernel, source in kernels.items():
         if "_tem_" in kernel:
-            assert "'*u8'" in source  # the weight as it is stored
+            assert POINTERS[scheme] in source
             assert assemble_generated(kernel, source, cc).spills == 0, kernel
 
 
-def test_gate_and_residual_are_in_the_store():
-    *_, last = kernel_sources(generate("w4a8")[0]).values()
+@pytest.mark.parametrize("scheme", ["w4a8", "fp8"])
+def test_gate_and_residual_are_in_the_store(scheme):
+    *_, last = kernel_sources(generate(scheme)[0]).values()
     tail = last[last.index("y_acc = y_acc *") :]
     assert len(re.findall(r"tl\.load\(in_ptr\d", tail)) == 2  # residual and gate
     assert tail.count("tl.store(") == 1
@@ -105,7 +111,9 @@ def test_symbolic_tokens():
     assert len(log) == 2
 
 
-@pytest.mark.parametrize(("scheme", "cc"), [("w4a8", 90), ("w4a8-g128", 90), ("w4a8", 80), ("w4a8-g128", 80)])
+@pytest.mark.parametrize(
+    ("scheme", "cc"), [("w4a8", 90), ("w4a8-g128", 90), ("w4a8", 80), ("w4a8-g128", 80), ("fp8", 90)]
+)
 def test_generated_code_computes_the_reference(scheme, cc, tmp_path):
     """The whole wrapper in Triton's interpreter: ragged M, N and K, swapped tiles (sm_90) and plain ones."""
     sizes = {"dim": 72, "hidden": 200, "dtype": torch.float32}
@@ -120,11 +128,22 @@ def test_generated_code_computes_the_reference(scheme, cc, tmp_path):
     assert (got - want).norm() / want.norm() < 1e-5
 
 
-def test_an_old_device_runs_the_reference_and_says_why(monkeypatch):
-    from viditq_fx.triton_templates import linear_w4a8
-
-    for template in (linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED):
+def declined(monkeypatch):
+    for template in (linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED, linear_fp8.TEMPLATE):
         monkeypatch.setitem(template.__dict__, "supports", lambda problem: "declined for the test")
+
+
+def test_without_a_template_4_bits_run_the_reference_and_say_why(monkeypatch):
+    declined(monkeypatch)
     code, _, log = generate("w4a8")
     assert code.count("torch.ops.viditq.linear_w4a8.default(") == 2
     assert {(e.kernel, e.reason) for e in log.values()} == {("eager reference", "declined for the test")}
+
+
+def test_without_a_template_fp8_runs_cublas_where_that_computes_it(monkeypatch):
+    declined(monkeypatch)
+    code, _, log = generate("fp8")
+    assert code.count("extern_kernels.viditq_scaled_mm_linear(") == 2
+    assert {(e.kernel, e.reason) for e in log.values()} == {("extern:scaled_mm", "declined for the test")}
+    _, _, log = generate("fp8", dtype=torch.float16)
+    assert {e.kernel for e in log.values()} == {"simulation: e4m3 values, fp32 arithmetic"}
