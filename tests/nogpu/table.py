@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,16 @@ import triton.language as tl
 from nogpu.assemble import Assembly, assemble
 from nogpu.fake_cuda import missing
 
-from viditq_fx.triton_templates import attention_int8, linear_w8a8
+from viditq_fx.triton_templates import attention_int8, linear_fp8, linear_w4a8, linear_w8a8
+from viditq_fx.triton_templates.base import KernelTemplate
 
-LINEAR_SIGNATURE = {
-    "x_ptr": "*i8",
-    "x_scale_ptr": "*fp32",
-    "w_ptr": "*i8",
-    "w_scale_ptr": "*fp32",
-    "bias_ptr": "*bf16",
-    "y_ptr": "*bf16",
-    "M": "i32",
-}
+GEMMS = (
+    (linear_w8a8.TEMPLATE, linear_w8a8.linear_w8a8_kernel, "*i8", "*i8"),
+    (linear_w4a8.TEMPLATE, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
+    (linear_w4a8.TEMPLATE_GROUPED, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
+    (linear_fp8.TEMPLATE, linear_fp8.linear_w8a8_fp8_kernel, "*fp8e4nv", "*fp8e4nv"),
+)
+"""(template, kernel, type of x, type of w)."""
 STRIDES = [f"{t}_stride_{d}" for t, dims in (("v", "bhl"), ("mask", "bhqk"), ("out", "bhl")) for d in dims]
 ATTENTION_SIGNATURE = {
     **{"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_ptr": "*i8", "k_scale_ptr": "*fp32"},
@@ -50,12 +50,15 @@ class Case:
     run: Callable[[], Assembly]
 
 
-def linear(arch: int, config: Any, depth: int = 1152, width: int = 1152) -> Assembly:
-    """The W8A8 GEMM with a bias, M dynamic."""
-    fixed = linear_w8a8.constants(config, None, width, depth)
+def linear(gemm: tuple[KernelTemplate, Any, str, str], arch: int, config: Any, width: int = 1152) -> Assembly:
+    """A GEMM with a bias, M dynamic."""
+    template, kernel, x, w = gemm
+    signature = {"x_ptr": x, "w_ptr": w, "bias_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32"}
+    signature |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
+    depth = 3072 if config.block_k == 128 else 1152
+    fixed = template.constants(config, None, width, depth)
     fixed |= {"N": width, "K": depth, "HAS_BIAS": True, "INDEX_DTYPE": tl.int32}
-    options = {"warps": config.num_warps, "stages": config.num_stages}
-    return assemble(linear_w8a8.linear_w8a8_kernel, LINEAR_SIGNATURE, fixed, arch, **options)
+    return assemble(kernel, signature, fixed, arch, warps=config.num_warps, stages=config.num_stages)
 
 
 def attention(
@@ -70,22 +73,18 @@ def attention(
 
 def cases() -> Iterator[Case]:
     """Every config that the lowering may choose."""
-    for arch, shape, configs in linear_w8a8.TEMPLATE.configs:
-        for config in configs:
-            label = f"{shape} {config} s{config.num_stages} w{config.num_warps}"
-            yield Case(
-                kernel="linear_w8a8", arch=arch, label=label, run=lambda a=arch, c=config: linear(a, c)
-            )
+    for gemm in GEMMS:
+        for arch, shape, configs in gemm[0].configs:
+            for config in configs:
+                label = f"{shape} {config} s{config.num_stages} w{config.num_warps}"
+                run = partial(linear, gemm, arch, config)
+                yield Case(kernel=gemm[0].name, arch=arch, label=label, run=run)
     for (arch, masked), by_width in attention_int8.CONFIGS.items():
         for head, config in zip(HEAD_WIDTHS, by_width, strict=True):
             kind = f"head {head}{', mask' if masked else ''}"
             label = f"{kind} {config} s{config.num_stages} w{config.num_warps}"
-            yield Case(
-                kernel="attention_int8",
-                arch=arch,
-                label=label,
-                run=lambda a=arch, c=config, h=head, m=masked: attention(a, c, h, masked=m),
-            )
+            run = partial(attention, arch, config, head, masked=masked)
+            yield Case(kernel="attention_int8", arch=arch, label=label, run=run)
 
 
 def main() -> int:
