@@ -5,7 +5,8 @@
 Cases: "linears", a lone linear at DiT-XL/2's shapes, activation quantization included (M x K x N of 256 x 1152 x
 4608, 1024 x 1152 x 4608 and 4096 x 1152 x 1152); a DiT-XL/2-size block (1152 wide, 16 heads, 4608 hidden) over
 256 and 1024 tokens, batch 1; the demo's digits DiT (one step, batch 64). Variants: eager fp32, Inductor fp32,
-torch's own `quantize_dynamic`, torchao's int8 dynamic (compiled), and this package's w8a8 and w8a7.
+torch's own `quantize_dynamic`, torchao's int8 dynamic (compiled), and this package's schemes; `--variants` is a
+regular expression over their names (the baseline always runs).
 
 Every round times each variant once, so a noisy machine is noisy for all; figures are medians, with
 the 20th and 80th percentile. Each variant's error is printed beside its time: SQNR against fp32.
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -135,6 +137,8 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
     "torchao int8 dynamic, compiled": _torchao,
     "viditq w8a8": lambda model: torch.compile(model, backend="viditq"),
     "viditq w8a7": lambda model: torch.compile(model, backend="viditq", options={"scheme": "w8a7"}),
+    "viditq w4a8": lambda model: torch.compile(model, backend="viditq", options={"scheme": "w4a8"}),
+    "viditq w4a8-g128": lambda model: torch.compile(model, backend="viditq", options={"scheme": "w4a8-g128"}),
 }
 
 
@@ -165,10 +169,13 @@ def _prepare(case: str, name: str, make: Callable[[], nn.Module], inputs: tuple[
     return row, run
 
 
-def bench_case(case: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...], rounds: int) -> list[Row]:
+def bench_case(
+    case: str, make: Callable[[], nn.Module], inputs: tuple[Any, ...], rounds: int, variants: str = ""
+) -> list[Row]:
     """Time every variant of a case in rotation; a variant that takes over 2 s runs three times only."""
     reference = _output(make()(*inputs))
-    prepared = [_prepare(case, name, make, inputs) for name in VARIANTS]
+    names = [name for name in VARIANTS if name == BASELINE or re.search(variants, name)]
+    prepared = [_prepare(case, name, make, inputs) for name in names]
     times: dict[str, list[float]] = {row.variant: [] for row, _ in prepared}
     for index in range(rounds):
         for row, run in prepared:
@@ -223,6 +230,7 @@ def main() -> int:
     parser.add_argument("--isa", choices=sorted(_ISA), default="native")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", default="linears,block-256,block-1024,demo")
+    parser.add_argument("--variants", default="", help="regular expression over variants, e.g. 'viditq'")
     parser.add_argument("--out", type=Path, help="result file; default benchmarks/results/cpu-<isa>.json")
     options = parser.parse_args()
     if options.isa != "native" and os.environ.get(_MARK) != options.isa:  # libraries read these at start-up
@@ -233,10 +241,11 @@ def main() -> int:
     rows: list[Row] = []
     with torch.no_grad():
         for case, make, inputs in cases(options.cases.split(",")):
-            rows += bench_case(case, make, inputs, options.rounds)
+            rows += bench_case(case, make, inputs, options.rounds, options.variants)
     out = options.out or RESULTS / f"cpu-{options.isa}.json"
     record = {
-        "command": f"python benchmarks/cpu.py --isa {options.isa} --rounds {options.rounds} --cases {options.cases}",
+        "command": f"python benchmarks/cpu.py --isa {options.isa} --rounds {options.rounds} --cases {options.cases}"
+        + (f" --variants '{options.variants}'" if options.variants else ""),
         "cpu": _cpu(),
         "isa_limit": _ISA[options.isa],
         "torch": torch.__version__,

@@ -1,9 +1,10 @@
-"""Time the W8A8 GEMM on one CUDA GPU against bf16 and int8 peers; correctness comes first.
+"""Time the quantized GEMMs on one CUDA GPU against bf16, int8 and fp8 peers; correctness comes first.
 
     PYTHONPATH=. python benchmarks/gpu.py [--sweep] [--only flux] [--minutes 7] [--commit HASH] [--dry-run]
 
 Nothing is timed unless the kernel is exact on this device: every int32 sum equal to an fp64 matrix
-product, for odd shapes, M = 1..17 and every config. Methods of one shape are timed in rotation, each
+product, for odd shapes, M = 1..17 and every config. The other schemes (w4a8, w4a8-g128, fp8) are checked in the same
+way, and one that is wrong is left out alone. Methods of one shape are timed in rotation, each
 as a CUDA graph of several calls over rotating operands (more than L2 holds), so that neither launch
 cost nor a warm cache nor the clock favours one. The result file is rewritten after every shape.
 """
@@ -24,11 +25,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_checks import SHAPES, Shape, compiled_checks, correctness, guarded, problem, quantized_linear
+from gpu_schemes import SCHEMES, method_names, scheme_checks, scheme_methods
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -220,13 +223,13 @@ def _percentiles(times: list[float]) -> dict[str, float]:
     return {"p20": cuts[1], "p50": statistics.median(times), "p80": cuts[7], "rounds": len(times)}
 
 
-def time_shape(shape: Shape, sweep: bool, rounds: int, skip: set[str]) -> dict[str, Any]:
+def time_shape(shape: Shape, sweep: bool, rounds: int, skip: set[str], schemes: list[str]) -> dict[str, Any]:
     """Every method on one shape; a method that fails is recorded with its error and left out."""
     copies = max(2, min(8, -(-OPERAND_BYTES // (shape.depth * (shape.rows + shape.width)))))
     operands = [Operands.make(shape) for _ in range(copies)]
     flops = 2 * shape.rows * shape.depth * shape.width
     calls = max(copies, min(32, int(4e-3 * 5e14 / flops)))
-    makers = methods(shape, operands)
+    makers = methods(shape, operands) | scheme_methods(shape, operands, schemes)
     if sweep:
         args = ("x_q", "x_scale", "w_q", "w_scale", "bias")
         for config in SWEEP:
@@ -311,6 +314,7 @@ def main() -> int:
     shapes = [shape for shape in SHAPES if re.search(options.only, str(shape))]
     if options.dry_run:
         print(json.dumps(environment(options.commit), indent=1), *shapes, sep="\n")
+        print("and at each of them, beside what w8a8 is compared with:", *method_names(), sep="\n  ")
         return 0
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device; --dry-run does not", file=sys.stderr)
@@ -332,6 +336,9 @@ def main() -> int:
         record["checks_compiled"] = guarded(compiled_checks)
         print(*record["checks_compiled"].items(), sep="\n", flush=True)
         skip = set() if set(record["checks_compiled"].values()) == {"ok"} else {OURS_COMPILED}
+        record["checks_schemes"] = {name: guarded(partial(scheme_checks, name)) for name in SCHEMES}
+        schemes = [name for name, found in record["checks_schemes"].items() if set(found.values()) == {"ok"}]
+        print(f"schemes that are right here: {', '.join(schemes) or 'none'}", flush=True)
         if options.sweep:
             precompile(shapes, SWEEP)
         for shape in shapes:
@@ -339,7 +346,7 @@ def main() -> int:
                 print(f"out of time before {shape}", flush=True)
                 break
             try:
-                record["shapes"].append(time_shape(shape, options.sweep, options.rounds, skip))
+                record["shapes"].append(time_shape(shape, options.sweep, options.rounds, skip, schemes))
                 show(record["shapes"][-1], shape, time.monotonic() - begun)
             except Exception:  # noqa: BLE001 - one failing shape must not lose the rest
                 record["shapes"].append({**asdict(shape), "error": traceback.format_exc()[-2000:]})

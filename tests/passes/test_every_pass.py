@@ -186,7 +186,7 @@ def test_a_second_run_changes_nothing_in_any_example(example):
         check_second_run(Prepared(graph, step), step)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a7"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a7", "w4a8", "w4a8-g128"])
 @pytest.mark.parametrize("step", EXACT, ids=lambda step: step.name)
 def test_what_changes_no_numerics_changes_no_bit(captured, step, scheme):
     prepared = Prepared(captured, step, scheme)

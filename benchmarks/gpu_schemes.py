@@ -1,0 +1,148 @@
+"""The GEMMs of schemes besides w8a8 on this CUDA device: are they right, and how fast? Used by `benchmarks/gpu.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from gpu_checks import Shape, problem
+from torch import Tensor
+
+from viditq_fx.lowering.extern_linear import viditq_scaled_mm_linear
+from viditq_fx.ops.fp8 import E4M3
+from viditq_fx.ops.pack import pack_int4
+from viditq_fx.ops.weight_forms import LINEARS, quantize_input, quantize_weight
+from viditq_fx.scheme import GROUP, QuantScheme
+from viditq_fx.triton_templates import linear_fp8, linear_w4a8
+from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeKernel:
+    """A scheme's template, and the function that launches its kernel without Inductor."""
+
+    template: KernelTemplate
+    launch: Callable[..., Tensor]
+
+
+SCHEMES = {
+    "w4a8": SchemeKernel(template=linear_w4a8.TEMPLATE, launch=linear_w4a8.launch),
+    f"w4a8-g{GROUP}": SchemeKernel(template=linear_w4a8.TEMPLATE_GROUPED, launch=linear_w4a8.launch),
+    "fp8": SchemeKernel(template=linear_fp8.TEMPLATE, launch=linear_fp8.launch),
+}
+FP8_PEER = "fp8 GEMM only, cuBLASLt row-wise"
+_CHECKED = ((512, 1152, 384), (333, 1000, 200), (257, 77, 131), (1, 1152, 72), (17, 333, 8))
+"""M, K, N of the checks of every config that fits them."""
+
+
+def method_names() -> list[str]:
+    """What `scheme_methods` times, for --dry-run."""
+    return [name for scheme in SCHEMES for name in (_gemm_name(scheme), _compiled_name(scheme))] + [FP8_PEER]
+
+
+def _gemm_name(scheme: str) -> str:
+    return f"{scheme} GEMM only, viditq"
+
+
+def _compiled_name(scheme: str) -> str:
+    return f"{scheme} quantize + GEMM, viditq compiled"
+
+
+def exact_operands(
+    scheme: str, rows: int, depth: int, width: int, device: str = "cuda"
+) -> tuple[tuple[Any, ...], Tensor]:
+    """(arguments of the scheme's linear whose result no order of addition rounds, that result in fp64)."""
+    gen = torch.Generator(device=device).manual_seed(rows * 7919 + depth * 31 + width)
+
+    def draw(largest: int, *shape: int) -> Tensor:
+        return torch.randint(-largest, largest + 1, shape, generator=gen, dtype=torch.int8, device=device)
+
+    largest_x, largest_w = (8, 8) if scheme == "fp8" else (127, 7)
+    x, w = draw(largest_x, rows, depth), draw(largest_w, width, depth)
+    scale_M, scale_N = torch.ones(rows, 1, device=device), torch.ones(width, device=device)
+    w_f64 = w.double()
+    if scheme == "fp8":
+        stored: Tensor = w.float().to(E4M3)
+        return (x.float().to(E4M3), scale_M, stored, scale_N, None, torch.float32), x.double() @ w_f64.t()
+    if "-g" in scheme:  # powers of two, so that fp32 adds the groups exactly
+        groups = -(-depth // GROUP)
+        scale_N = torch.stack([scale_N * 2.0 ** -(g % 4) for g in range(groups)])
+        w_f64 *= scale_N.double().t().repeat_interleave(GROUP, dim=1)[:, :depth]
+    return (x, scale_M, pack_int4(w), scale_N, None, torch.float32), x.double() @ w_f64.t()
+
+
+def _check(scheme: str, config: GemmConfig, rows: int, depth: int, width: int) -> str | None:
+    args, want = exact_operands(scheme, rows, depth, width)
+    wrong = int((SCHEMES[scheme].launch(*args, config=config).double() != want).sum())
+    return f"{wrong} of {want.numel()} sums are wrong" if wrong else None
+
+
+def scheme_checks(scheme: str) -> Iterator[tuple[str, str | None]]:
+    """(what was checked, None or what is wrong) of every config of this device, then of the compiled linear."""
+    template, arch = SCHEMES[scheme].template, architecture(torch.cuda.get_device_capability())
+    configs = [c for known, _, found in template.configs if known == arch for c in found]
+    assert configs, f"{scheme} has no config for sm_{arch}"
+    for config in configs:
+        label = f"{scheme} {config} s{config.num_stages} w{config.num_warps}"
+        for rows, depth, width in _CHECKED:
+            if template.fits(config, problem(Shape(model="", rows=rows, depth=depth, width=width))):
+                yield f"exact {label} M{rows} K{depth} N{width}", _check(scheme, config, rows, depth, width)
+    x = torch.randn(2, 1000, 1152, device="cuda", dtype=torch.bfloat16)
+    weights = quantize_weight(
+        torch.randn(1152, 1152, device="cuda") * 0.03, QuantScheme.parse(scheme).weight_form
+    )
+    linear = _linear(scheme)
+    args = (x, *weights, torch.randn(1152, device="cuda", dtype=torch.bfloat16))
+    torch._dynamo.reset()
+    got, want = torch.compile(linear, dynamic=False)(*args).float(), linear(*args).float()
+    error = float((got - want).norm() / want.norm())
+    yield f"compiled {scheme}", None if error < 5e-3 else f"relative error {error:.2e}"
+
+
+def _linear(name: str) -> Callable[..., Tensor]:
+    scheme, op = QuantScheme.parse(name), LINEARS[name].overload
+
+    def quantized_linear(x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return op(*quantize_input(x, scheme), stored, scale, bias, x.dtype)
+
+    return quantized_linear
+
+
+def scheme_methods(
+    shape: Shape, operands: Sequence[Any], schemes: Sequence[str]
+) -> dict[str, Callable[[], Callable[[int], Callable[[], Any]]]]:
+    """Name -> maker of (copy -> call), as `methods` of gpu.py; `operands` have x, w and bias in bf16."""
+    found: dict[str, Any] = {}
+    for name in schemes:
+        found[_gemm_name(name)] = lambda name=name: _gemm_only(name, shape, operands)
+        found[_compiled_name(name)] = lambda name=name: _compiled(name, operands)
+    if "fp8" in schemes:
+        found[FP8_PEER] = lambda: _scaled_mm(operands)
+    return found
+
+
+def _quantized(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+    scheme = QuantScheme.parse(name)
+    return [
+        (*quantize_input(o.x, scheme), *quantize_weight(o.w, scheme.weight_form), o.bias) for o in operands
+    ]
+
+
+def _gemm_only(name: str, shape: Shape, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
+    kernel, given = SCHEMES[name], _quantized(name, operands)
+    config = kernel.template.candidates(replace(problem(shape), grouped="-g" in name))[0]
+    return lambda i: lambda: kernel.launch(*given[i], torch.bfloat16, config=config)
+
+
+def _compiled(name: str, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
+    form = QuantScheme.parse(name).weight_form
+    given = [(o.x, *quantize_weight(o.w, form), o.bias) for o in operands]
+    fast = torch.compile(_linear(name), dynamic=False)
+    return lambda i: lambda: fast(*given[i])
+
+
+def _scaled_mm(operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
+    given = _quantized("fp8", operands)
+    return lambda i: lambda: viditq_scaled_mm_linear(*given[i], out_dtype=torch.bfloat16)
