@@ -360,10 +360,10 @@ def test_doctor_fails_without_a_compiler(run, monkeypatch):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_explain_without_a_compiler_is_one_line(run, targets, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no-such-compiler"))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    outcome = run("explain", "viditq_targets:two")
+def test_explain_without_a_compiler_is_one_line(run, targets):
+    settings = {"cpp.cxx": (None, "/no-such-compiler"), "force_disable_caches": True}
+    with torch._inductor.config.patch(settings):  # monkeypatch would leave the entries deleted
+        outcome = run("explain", "viditq_targets:two")
     assert_one_line_error(outcome, "/no-such-compiler", "viditq doctor")
 
 
