@@ -15,7 +15,7 @@ SEAM := tests/lowering tests/triton_templates tests/ops tests/passes tests/test_
 help:
 	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
 	@echo "make test        the whole test suite"
-	@echo "make test-quick  the part that takes about two minutes"
+	@echo "make test-quick  the part that takes about four minutes"
 	@echo "make test-browser  the explain page in headless Chromium (needs chromium and chromedriver)"
 	@echo "make test-torch211  the tests of the seam with torch, on torch 2.11 and Triton 3.6"
 	@echo "make assemble    every Triton kernel for sm_80, 89, 90, 100: registers, spills, matrix instructions (no GPU)"
