@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SIMULATION = "simulation:"
+"""How the name of a kernel begins that rounds values as a scheme does, and computes in floating point."""
+
 
 @dataclass(kw_only=True)
 class SiteReport:
@@ -44,6 +47,16 @@ class SiteReport:
     """Multiplies and adds of one call, at the sizes seen at compile time."""
     flops_hinted: bool = False
     """Some of those sizes are symbolic: other calls may do more or less."""
+
+    @property
+    def outcome(self) -> str:
+        """What became of it: "quantized", "simulated" (rounded, but computed in floating point), "kept" or "refused".
+
+        Kept is the policy's or the user's choice; refused was planned and could not be done.
+        """
+        if self.done is not None:
+            return "simulated" if (self.kernel or "").startswith(SIMULATION) else "quantized"
+        return "kept" if self.planned is None else "refused"
 
 
 @dataclass(kw_only=True)
@@ -87,7 +100,7 @@ class CompileReport:
 
     def __str__(self) -> str:
         """A line a site, then what was refused; vq.explain has more."""
-        quantized = sum(entry.done is not None for entry in self.sites)
+        quantized = sum(entry.outcome == "quantized" for entry in self.sites)
         lines = [f"{quantized} of {len(self.sites)} linears in {self.scheme} on {self.device}"]
         lines += [
             f"{entry.fqn or '(root)'} ({entry.role}): {entry.done or entry.reason or 'full precision'}"

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import viditq_fx as vq
 from tests.small_models import capture, relative_error, targets
+from viditq_fx.inspection.breakdown import by_role
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.pipeline import PassPipeline, default_passes
 from viditq_fx.scheme import QuantScheme
@@ -170,6 +171,10 @@ def test_generated_code_and_dynamic_sizes():
     report = vq.explain(call, x)
     assert report.graphs == 1
     assert [site.kernel for site in report.attention] == ["simulation: int8 values, fp32 arithmetic"]
+    assert [site.outcome for site in report.attention] == ["simulated"]
+    (row,) = [row for row in by_role(report) if row.role == "attention"]
+    assert (row.quantized, row.simulated, row.flops_quantized) == (0, 1, 0)
+    assert "1 attention call simulated" in str(report)
 
 
 def test_a_wrong_mode_is_a_clear_error():

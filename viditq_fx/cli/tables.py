@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from viditq_fx.demo.result import DemoResult
     from viditq_fx.inspection import ExplainedSite, ExplainReport
 
-_OUTCOME_STYLES = {"quantized": "green", "kept": "", "refused": "red"}
+_OUTCOME_STYLES = {"quantized": "green", "simulated": "yellow", "kept": "", "refused": "red"}
 _STATE_STYLES = {"ok": "green", "note": "yellow", "missing": "red"}
 
 

@@ -18,6 +18,7 @@ class RoleRow:
     role: str
     sites: int = 0
     quantized: int = 0
+    simulated: int = 0
     kept: int = 0
     refused: int = 0
     flops: int = 0
@@ -96,7 +97,7 @@ def by_role(report: ExplainReport) -> list[RoleRow]:
         row.sites += 1
         setattr(row, site.outcome, getattr(row, site.outcome) + 1)
         row.flops += site.flops
-        row.flops_quantized += site.flops if site.done else 0
+        row.flops_quantized += site.flops if site.outcome == "quantized" else 0
         if (site.weight or site.fqn) in weights or not site.bytes_full:
             continue
         weights.add(site.weight or site.fqn)
@@ -121,7 +122,7 @@ def by_reason(report: ExplainReport) -> list[ReasonRow]:
     """Why sites are not quantized: refusals first, then in order of FLOPs."""
     rows: dict[tuple[str, str], ReasonRow] = {}
     for site in everything(report):
-        if site.done is not None:
+        if site.outcome == "quantized":
             continue
         reason = site.reason or "no reason was recorded"
         row = rows.setdefault((site.outcome, reason), ReasonRow(outcome=site.outcome, reason=reason))

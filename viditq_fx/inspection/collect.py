@@ -39,13 +39,6 @@ class ExplainedSite(SiteReport):
     resident_packed: int = 0
     """Bytes of its packed forms in memory now."""
 
-    @property
-    def outcome(self) -> str:
-        """ "quantized", "kept" (the policy's or the user's choice) or "refused" (planned, not done)."""
-        if self.done is not None:
-            return "quantized"
-        return "kept" if self.planned is None else "refused"
-
 
 @dataclass(kw_only=True)
 class ExplainReport:
@@ -77,7 +70,7 @@ class ExplainReport:
     """Bytes of the model in full precision."""
 
     def count(self, outcome: str) -> int:
-        """How many sites have this outcome: "quantized", "kept" or "refused"."""
+        """How many sites have this outcome, see `SiteReport.outcome`."""
         return sum(site.outcome == outcome for site in self.sites)
 
     def totals(self) -> dict[str, int]:
@@ -86,6 +79,7 @@ class ExplainReport:
         return {
             "sites": len(self.sites),
             "quantized": self.count("quantized"),
+            "simulated": self.count("simulated"),
             "kept": self.count("kept"),
             "refused": self.count("refused"),
             "quantized_weight_bytes_before": sum(site.bytes_full for site in unique),

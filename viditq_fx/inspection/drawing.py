@@ -31,6 +31,7 @@ class Colour:
 LIGHT = {
     "quantized": Colour(fill="#c4ecd2", line="#11703b", text="#0b3d21"),
     "step": Colour(fill="#eef9f1", line="#7fbf98", text="#285c3d"),
+    "simulated": Colour(fill="#faf0c8", line="#8a6a00", text="#4d3b00"),
     "kept": Colour(fill="#dbe7fb", line="#2f62b5", text="#173a73"),
     "refused": Colour(fill="#fbd9c9", line="#b23c0e", text="#6b2408"),
     "other": Colour(fill="#f5f6f8", line="#b4bac4", text="#3a404b"),
@@ -39,6 +40,7 @@ LIGHT = {
 DARK = {
     "quantized": Colour(fill="#1b4d31", line="#6fcf97", text="#dcf7e6"),
     "step": Colour(fill="#1a2c22", line="#3f7d5a", text="#a9d8bd"),
+    "simulated": Colour(fill="#453a10", line="#e0bd4a", text="#f8efcf"),
     "kept": Colour(fill="#20365c", line="#7fa8ea", text="#dbe7fb"),
     "refused": Colour(fill="#5c2a14", line="#f0a07c", text="#fde6db"),
     "other": Colour(fill="#252b33", line="#4d5562", text="#c5cad3"),

@@ -36,6 +36,7 @@ _WRAP = 26
 KINDS = {
     "quantized": "quantized site",
     "step": "quantize step",
+    "simulated": "rounded, in floating point",
     "kept": "kept in full precision",
     "refused": "refused",
     "other": "not a site",

@@ -98,7 +98,17 @@ def shape_of(site: ExplainedSite) -> str:
 
 def _role_table(report: ExplainReport) -> Table:
     rows = by_role(report)
-    columns = ("role", "sites", "quantized", "kept", "refused", "FLOPs", "of all FLOPs", "quantized FLOPs")
+    columns = (
+        "role",
+        "sites",
+        "quantized",
+        "simulated",
+        "kept",
+        "refused",
+        "FLOPs",
+        "of all FLOPs",
+        "quantized FLOPs",
+    )
     columns += ("weights", "quantized weights", "packed", "what it is")
     everything_row = total(rows)
     cells = tuple(_role_cells(row, everything_row) for row in [*rows, everything_row])
@@ -113,7 +123,10 @@ def _role_table(report: ExplainReport) -> Table:
 def _role_cells(row: RoleRow, whole: RoleRow) -> tuple[str, ...]:
     weights = (size(row.weight_bytes), percent(row.weight_bytes_quantized, row.weight_bytes))
     return (
-        *(row.role, *(str(n or "") for n in (row.sites, row.quantized, row.kept, row.refused))),
+        *(
+            row.role,
+            *(str(n or "") for n in (row.sites, row.quantized, row.simulated, row.kept, row.refused)),
+        ),
         *(count_of(row.flops), percent(row.flops, whole.flops), percent(row.flops_quantized, row.flops)),
         *(weights if row.weight_bytes else ("", "")),
         size(row.weight_bytes_packed) if row.weight_bytes_packed else "",

@@ -68,7 +68,7 @@ class SnapshotNode:
     """(path, role) of the sites that a wide GEMM computes."""
     role: str | None = None
     outcome: str | None = None
-    """ "quantized", "kept" or "refused"; None where the node is no site."""
+    """See `SiteReport.outcome`; None where the node is no site."""
     reason: str | None = None
 
 
@@ -196,7 +196,7 @@ class _Recorder:
         entry = self.entries.get(raw["name"])
         if entry is not None:
             known = outcomes.get((entry.fqn, entry.role == ATTENTION)) or Outcome(
-                role=entry.role, outcome=_outcome(entry), reason=entry.reason
+                role=entry.role, outcome=entry.outcome, reason=entry.reason
             )
             raw |= {"site": entry.fqn, "role": known.role, "outcome": known.outcome, "reason": known.reason}
         elif raw["name"] in self.wide:
@@ -212,12 +212,6 @@ class _Recorder:
         elif raw["target"] in ATTENTION_NAMES and raw["op"] == "call_function":
             raw |= {"site": raw["module"], "role": ATTENTION, "outcome": "kept"}
         return SnapshotNode(**raw)
-
-
-def _outcome(entry: SiteReport) -> str:
-    if entry.done is not None:
-        return "quantized"
-    return "kept" if entry.planned is None else "refused"
 
 
 def _describe(node: fx.Node) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _OPS = {
 }
 OUTCOMES = {
     "quantized": "runs in integers",
+    "simulated": "rounded, but computed in floating point",
     "kept": "in full precision on purpose",
     "refused": "was to be quantized and could not be",
 }

@@ -16,9 +16,10 @@ from viditq_fx import ops
 from viditq_fx.graph_edit import example
 from viditq_fx.lowering.inductor_compat import has_triton
 from viditq_fx.lowering.select_cpu import KernelChoice
+from viditq_fx.report import SIMULATION
 from viditq_fx.triton_templates.base import architecture
 
-SIMULATION = "simulation: int8 values, fp32 arithmetic"
+SIMULATED = f"{SIMULATION} int8 values, fp32 arithmetic"
 SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa) -> Tensor"
 
 
@@ -44,7 +45,7 @@ def select_attention_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
             node.target = traced_op()
             choices[node.name] = KernelChoice(kernel=f"triton:attention_int8 {_config(*node.args[:4])}")
         else:
-            choices[node.name] = KernelChoice(kernel=SIMULATION, reason=missing)
+            choices[node.name] = KernelChoice(kernel=SIMULATED, reason=missing)
     if choices:
         gm.recompile()
     return choices

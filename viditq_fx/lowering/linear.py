@@ -26,12 +26,13 @@ from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
+from viditq_fx.report import SIMULATION
 from viditq_fx.triton_templates import linear_fp8, linear_w4a8, linear_w8a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
 
 EXTERN = "extern:int_mm"
 EAGER = "eager reference"
-SIMULATION = "simulation: e4m3 values, fp32 arithmetic"
+SIMULATED_FP8 = f"{SIMULATION} e4m3 values, fp32 arithmetic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ ROUTES: dict[Any, Route] = {
         extern=viditq_scaled_mm_linear,
         extern_name="extern:scaled_mm",
         extern_fits=_scaled_mm_fits,
-        reference=SIMULATION,
+        reference=SIMULATED_FP8,
     ),
 }
 _NOTHING_OF_OURS = Route(templates=())
