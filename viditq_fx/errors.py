@@ -27,6 +27,10 @@ class WeightError(ViditqError):
     """A weight cannot be packed: on `meta`, not finite, or otherwise unusable."""
 
 
+class RecipeError(ViditqError):
+    """A recipe cannot be read, does not fit the model, or calibration cannot be carried out."""
+
+
 class KernelBuildError(RuntimeError):
     """A kernel of ours cannot be compiled or loaded on this machine; another one computes in its place."""
 

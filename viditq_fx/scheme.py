@@ -1,7 +1,8 @@
-"""Quantization schemes by name: which integers stand for weights and for activations."""
+"""Quantization schemes by name: which integers stand for weights and for activations, and what is done before."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -11,7 +12,15 @@ GROUP = 128
 """Input channels that share one weight scale where a scheme has groups; the last group may be shorter."""
 INT4_MULTIPLE = 128
 """K of 4-bit weights is padded to this: each half of a row is then a whole number of 64-byte tiles."""
-_NAME = re.compile(r"^w(\d+)a(\d+)(?:-g(\d+))?$")
+WEIGHT_BITS = (8, 6, 4)
+INPUT_BITS = (8, 7, 6, 4)
+INPUT_RANGES = ("dynamic", "static", "timestep")
+_NAME = re.compile(r"^w(\d+)a(\d+)((?:-[a-z0-9]+)*)$")
+_ALIASES = {
+    "dvd-w4a8": "w4a8-bgr-rot-block",
+    "dvd-w4a4": "w4a4-bgr-rot-block",
+}
+"""DVD-Quant: BGR weights (section 3.2) and auto-scaling rotated inputs (3.3), with no data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +33,17 @@ class WeightForm:
     """Two integers to a byte (see ops/pack.py)."""
     floating: bool = False
     """e4m3 numbers and not integers."""
+    grid: str | None = None
+    """None: symmetric. "minmax" or "bgr": a scale and an integer zero point for each row (ops/grid.py)."""
 
     def stored_width(self, depth: int) -> int:
         """Elements of a stored row, one byte each, for K = `depth`."""
         return half_width(depth) if self.nibbles else depth
 
     def nbytes(self, width: int, depth: int) -> int:
-        """Bytes of integers and scales of a weight [N, K] = [width, depth]."""
+        """Bytes of integers, scales and zero points of a weight [N, K] = [width, depth]."""
         groups = 1 if self.group is None else -(-depth // self.group)
-        return width * (self.stored_width(depth) + 4 * groups)
+        return width * (self.stored_width(depth) + (4 if self.grid is None else 8) * groups)
 
 
 def half_width(depth: int) -> int:
@@ -42,30 +53,72 @@ def half_width(depth: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantScheme:
-    """How one linear is quantized: symmetric integers, weights static and inputs dynamic.
+    """How one linear is quantized; its name says all of it: `w<bits>a<bits>` and suffixes.
 
     Weights [N, K] -> integers [N, K], one fp32 scale per output channel [N], or with groups one for each
-    `group` input channels of each output channel [ceil(K / group), N].
-    Inputs [..., K] -> int8 [..., K], one fp32 scale per token [..., 1], found at run time
-    (ViDiT-Q section 4.1). Integers are clamped to +-(2^(bits-1) - 1), so -128 and -8 never occur.
+    `group` input channels of each output channel [ceil(K / group), N]. 6-bit weights take a byte each in memory.
+    Inputs [..., K] -> int8 [..., K], one fp32 scale per token [..., 1], found at run time (ViDiT-Q section 4.1).
+
+        -g128      a weight scale for each 128 input channels
+        -asym      weights with an integer zero point, w ~= s * (q - z), by min and max of a row
+        -bgr       the same, its grid refined to the row's least squares (DVD-Quant section 3.2)
+        -rot       input and weight rotated by a blocked Hadamard matrix first (QuaRot; ViDiT-Q section 4.2)
+        -block     an input scale for each token and 128 channels of it (DVD-Quant section 3.3, on integers)
+        -static    one input scale for all tokens and steps, from calibration
+        -timestep  one input scale for each range of the timestep, from calibration
 
     `w8a8` is the default. `w8a7` keeps one bit less of the input: CPU integer units without VNNI
     add pairs of products in 16 bits, which saturates with 8-bit inputs and is exact with 7.
-    `w4a8` halves the weights' memory again; `w4a8-g128` gives most of the lost precision back.
     `fp8` is `w8a8` in e4m3, 8-bit floating point, for GPUs that multiply it (sm_89 and later).
+    `dvd-w4a8` and `dvd-w4a4` name DVD-Quant's combinations.
     """
 
     weight_bits: int
     input_bits: int
     group: int | None = None
     floating: bool = False
+    grid: str | None = None
+    """As in `WeightForm`."""
+    rotate: bool = False
+    block: int | None = None
+    """Channels of a token that share one input scale; None: the whole token."""
+    input_range: str = "dynamic"
+    """Where the input's scale comes from: one of INPUT_RANGES."""
 
     def __post_init__(self) -> None:
-        if (self.weight_bits, self.input_bits, self.group, self.floating) not in _AVAILABLE:
-            raise SchemeError(f"scheme {str(self)!r} is not available; choose one of {available_schemes()}")
+        problem = self._problem()
+        if problem is not None:
+            raise SchemeError(f"scheme {str(self)!r}: {problem}; choose one such as {available_schemes()}")
+
+    def _problem(self) -> str | None:
+        four = self.weight_bits == 4
+        if self.floating:
+            rest = (self.weight_bits, self.input_bits, self.group, self.grid, self.rotate, self.block)
+            if rest != (8, 8, None, None, False, None) or self.input_range != "dynamic":
+                return "fp8 is taken as it is"
+        elif self.weight_bits not in WEIGHT_BITS or self.input_bits not in INPUT_BITS:
+            return f"weights have {WEIGHT_BITS} bits and inputs {INPUT_BITS}"
+        if self.group not in (None, GROUP) or (self.group and not four):
+            return f"groups are of {GROUP} channels and for 4-bit weights"
+        if self.grid not in (None, "minmax", "bgr"):
+            return f"grid {self.grid!r} is not known"
+        if self.block not in (None, GROUP) or (self.block and not (four and self.input_bits in (4, 8))):
+            return "scales for blocks of the input are for w4a8 and w4a4"
+        if self.input_range not in INPUT_RANGES or (self.block and self.input_range != "dynamic"):
+            return "scales for blocks of the input are found at run time"
+        return None
 
     def __str__(self) -> str:
-        return _name(self.weight_bits, self.input_bits, self.group, self.floating)
+        if self.floating:
+            return "fp8"
+        parts = [f"w{self.weight_bits}a{self.input_bits}"]
+        parts += [f"g{self.group}"] if self.group else []
+        parts += [{"minmax": "asym", "bgr": "bgr"}.get(self.grid, self.grid)] if self.grid else []
+        parts += ["rot"] if self.rotate else []
+        parts += ["block"] if self.block else []
+        parts += [self.input_range] if self.input_range != "dynamic" else []
+        name = "-".join(parts)
+        return _SHORT.get(name, name)
 
     @property
     def weight_form(self) -> WeightForm:
@@ -75,11 +128,17 @@ class QuantScheme:
             group=self.group,
             nibbles=self.weight_bits == 4,
             floating=self.floating,
+            grid=self.grid,
         )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its input scales come from calibration, so that it needs a recipe."""
+        return self.input_range != "dynamic"
 
     @classmethod
     def parse(cls, name: str | QuantScheme) -> QuantScheme:
-        """Read a scheme from its name, e.g. "w8a8".
+        """Read a scheme from its name, e.g. "w8a8" or "w4a8-g128-rot".
 
         Raises SchemeError for a name of another form or for widths that are not available.
         """
@@ -87,33 +146,45 @@ class QuantScheme:
             return name
         if not isinstance(name, str):
             raise SchemeError(f"a scheme is a name such as 'w8a8', not {type(name).__name__} {name!r}")
-        if name.strip().lower() == "fp8":
+        text = name.strip().lower()
+        if text == "fp8":
             return cls(weight_bits=8, input_bits=8, floating=True)
-        match = _NAME.match(name.strip().lower())
+        match = _NAME.match(_ALIASES.get(text, text))
         if match is None:
-            raise SchemeError(f"unknown scheme {name!r}; choose one of {available_schemes()}")
-        group = int(match[3]) if match[3] else None
-        return cls(weight_bits=int(match[1]), input_bits=int(match[2]), group=group)
+            raise SchemeError(f"unknown scheme {name!r}{_nearest(text)}; choose one such as {available_schemes()}")
+        fields: dict[str, object] = {}
+        for suffix in filter(None, match[3].split("-")):
+            added = _SUFFIXES.get(suffix)
+            if added is None or added.keys() & fields.keys():
+                problem = "is not known" if added is None else "is given beside another of its kind"
+                raise SchemeError(
+                    f"unknown scheme {name!r}: suffix -{suffix} {problem}; suffixes are "
+                    f"{', '.join('-' + s for s in _SUFFIXES)}"
+                )
+            fields |= added
+        return cls(weight_bits=int(match[1]), input_bits=int(match[2]), **fields)  # type: ignore[arg-type]
 
 
-_AVAILABLE = (
-    (8, 8, None, False),
-    (8, 7, None, False),
-    (4, 8, None, False),
-    (4, 8, GROUP, False),
-    (8, 8, None, True),
-)
+_SUFFIXES: dict[str, dict[str, object]] = {
+    f"g{GROUP}": {"group": GROUP},
+    "asym": {"grid": "minmax"},
+    "bgr": {"grid": "bgr"},
+    "rot": {"rotate": True},
+    "block": {"block": GROUP},
+    "static": {"input_range": "static"},
+    "timestep": {"input_range": "timestep"},
+}
+_SHORT = {long: short for short, long in _ALIASES.items()}
 
 
-def _name(weight: int, inputs: int, group: int | None, floating: bool) -> str:
-    if floating:
-        return "fp8"
-    return f"w{weight}a{inputs}" + (f"-g{group}" if group else "")
+def _nearest(text: str) -> str:
+    near = difflib.get_close_matches(text, available_schemes(), n=2)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 def available_schemes() -> tuple[str, ...]:
-    """Names that `QuantScheme.parse` accepts."""
-    return tuple(_name(*parts) for parts in _AVAILABLE)
+    """Schemes in common use that need no calibration; `QuantScheme.parse` accepts other combinations too."""
+    return ("w8a8", "w8a7", "w6a6", "w4a8", f"w4a8-g{GROUP}", "w4a8-rot", "dvd-w4a8", "dvd-w4a4", "fp8")
 
 
 def largest_int(bits: int) -> int:
