@@ -32,8 +32,8 @@ class WeightArgument:
     frees_source: tuple[bool, ...]
     """For each weight: the graph itself reads it nowhere else."""
 
-    def packed(self, args: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """The integers and scales that the graph takes, for a call with these arguments."""
+    def packed(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The integers, scales and zero points that the graph takes, for a call with these arguments."""
         names = [fqn_of_source(name) for name in self.names]
         if len(self.indices) == 1:
             return packed_weight(args[self.indices[0]], self.form, names[0])
@@ -75,6 +75,7 @@ class CompiledGraph:
         compiled: Callable[..., Any],
         passed_through: Sequence[int],
         weights: Sequence[WeightArgument],
+        constants: Sequence[Tensor] = (),
         biases: Sequence[tuple[int, ...]] = (),
         full_weights: Sequence[tuple[int, str]],
         report: CompileReport,
@@ -83,6 +84,7 @@ class CompiledGraph:
         self._compiled = compiled
         self._passed_through = tuple(passed_through)
         self._weights = tuple(weights)
+        self._constants = tuple(constants)
         self._biases = tuple(biases)
         self._full_weights = tuple(full_weights)
         self._release = options.weights == "release"
@@ -100,6 +102,7 @@ class CompiledGraph:
                     "different sizes"
                 )
         inputs = [args[index] for index in self._passed_through]
+        inputs.extend(self._constants)
         for slot in self._weights:
             inputs.extend(slot.packed(args))
         inputs.extend(joined_bias([args[index] for index in indices]) for indices in self._biases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from viditq_fx.errors import SchemeError
@@ -35,6 +36,10 @@ class WeightForm:
     """e4m3 numbers and not integers."""
     grid: str | None = None
     """None: symmetric. "minmax" or "bgr": a scale and an integer zero point for each row (ops/grid.py)."""
+    rotation: int = 1
+    """Block of the Hadamard rotation that the weight went through (ops/rotate.py); 1 is none."""
+    multiplier: Hashable = None
+    """What its input channels were divided by before that: an ops.weight_forms.Multiplier, or None."""
 
     def stored_width(self, depth: int) -> int:
         """Elements of a stored row, one byte each, for K = `depth`."""

@@ -1,8 +1,8 @@
 """Integer linear: Y[m, n] = s_x[m] * s_w[n] * sum_k Xq[m, k] * Wq[n, k] (+ bias[n]).
 
 The sum is exact in int32; scales and bias are applied in fp32; one cast ends it (never a cast
-before every scale is applied: that overflows fp16). |sum| <= 127 * 127 * K fits int32 for
-K <= 133,000.
+before every scale is applied: that overflows fp16). |sum| <= 127 * 128 * K fits int32 for
+K <= 132,000.
 
 Shapes: x_MK int8 [..., K], s_M fp32 [..., 1], w_NK int8 [N, K] row-major, s_N fp32 [N], bias_N [N]
 of any float dtype; result [..., N] in `out_dtype`.
@@ -19,8 +19,10 @@ from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.ops.blocked import plain_weight
 from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
 
-EXACT_K = 1040
-"""Largest K for which any sum of int8 products is below 2^24, so that fp32 adds it exactly."""
+EXACT_K = 2**24 // (127 * 128)
+"""Largest K for which any sum of int8 products is below 2^24, so that fp32 adds it exactly.
+
+Inputs are within +-127; a weight of an asymmetric grid may be -128."""
 
 
 def without_autocast(like: Tensor) -> torch.autocast:

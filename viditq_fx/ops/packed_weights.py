@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from viditq_fx.errors import ReleasedWeightError, WeightError
 from viditq_fx.ops.blocked import own, resident_bytes
 from viditq_fx.ops.tensor_state import LOCK, TensorState
-from viditq_fx.ops.weight_forms import join_weights, quantize_weight
+from viditq_fx.ops.weight_forms import Stored, join_weights, quantize_weight
 from viditq_fx.scheme import WeightForm
 
 
@@ -27,7 +27,7 @@ from viditq_fx.scheme import WeightForm
 class _Entry:
     name: str
     state: TensorState
-    packed: dict[WeightForm, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    packed: dict[WeightForm, Stored] = field(default_factory=dict)
     identity: _Identity = field(default_factory=lambda: _Identity())
     joined: dict[_GroupKey, _Group] = field(default_factory=dict)
     """Forms in which this weight is packed together with others."""
@@ -48,15 +48,15 @@ class _Identity:
 @dataclass(kw_only=True)
 class _Group:
     members: list[_Identity]
-    packed: tuple[Tensor, Tensor]
+    packed: Stored
 
 
 # Weakly keyed: a model that goes away takes its packed weights along.
 _ENTRIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed_weight(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, Tensor]:
-    """(what is stored, fp32 scales) of a full-precision weight [N, K], packed at the first call.
+def packed_weight(weight: Tensor, form: WeightForm, name: str) -> Stored:
+    """What is stored, fp32 scales and, with a grid, zero points of a full-precision weight [N, K], packed at the first call.
 
     A weight of more dimensions, as a convolution's [N, K, 1, 1], counts as [N, all others].
 
@@ -66,13 +66,13 @@ def packed_weight(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, 
         entry = _entry(weight, name)
         if form not in entry.packed:
             _refuse_released(entry, form)
-            stored, scale = _quantized(weight, form, name)
-            entry.packed[form] = own(stored), scale
+            stored, *rest = _quantized(weight, form, name)
+            entry.packed[form] = own(stored), *rest
         return entry.packed[form]
 
 
-def packed_group(weights: Sequence[Tensor], form: WeightForm, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(what is stored, fp32 scales) of weights [N_i, K] one below the other, as of one weight [sum of N, K].
+def packed_group(weights: Sequence[Tensor], form: WeightForm, names: Sequence[str]) -> Stored:
+    """What `packed_weight` returns, of weights [N_i, K] one below the other, as of one weight [sum of N, K].
 
     Packed at the first call, and again when one of them was written. Raises as `packed_weight`.
     """
@@ -85,8 +85,8 @@ def packed_group(weights: Sequence[Tensor], form: WeightForm, names: Sequence[st
             for member in members:
                 _refuse_released(member, form)
             parts = [_quantized(w, form, name) for w, name in zip(weights, names, strict=True)]
-            stored, scale = join_weights(parts)
-            group = _Group(members=identities, packed=(own(stored), scale))
+            stored, *rest = join_weights(parts)
+            group = _Group(members=identities, packed=(own(stored), *rest))
             for member in members:
                 for old in [k for k, g in member.joined.items() if not all(m.current for m in g.members)]:
                     del member.joined[old]
@@ -131,7 +131,7 @@ def _refuse_released(entry: _Entry, form: WeightForm) -> None:
         )
 
 
-def _quantized(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, Tensor]:
+def _quantized(weight: Tensor, form: WeightForm, name: str) -> Stored:
     if weight.device.type == "meta":
         raise WeightError(f"{name}: the weight is on the meta device and holds no values; load it first")
     if weight.is_inference():
@@ -141,13 +141,13 @@ def _quantized(weight: Tensor, form: WeightForm, name: str) -> tuple[Tensor, Ten
             stacklevel=2,
         )
     with torch.inference_mode(False), torch.no_grad():
-        stored, scale = quantize_weight(weight.detach().flatten(1), form)
-        if not bool(torch.isfinite(scale).all()):
+        stored = quantize_weight(weight.detach().flatten(1), form)
+        if not all(bool(torch.isfinite(vector).all()) for vector in stored[1:]):
             raise WeightError(
                 f"{name}: the weight holds NaN or infinity, so it has no scale. If it was copied from a model "
                 "whose weights viditq_fx released, load it from its checkpoint instead"
             )
-        return stored, scale
+        return stored
 
 
 def repack(model: torch.nn.Module) -> int:
@@ -197,9 +197,9 @@ def packed_bytes(weight: Tensor) -> int:
     return whole + sum(shares)
 
 
-def _form_bytes(form: tuple[Tensor, Tensor]) -> int:
-    stored, scale = form
-    return resident_bytes(stored) + scale.untyped_storage().nbytes()
+def _form_bytes(form: Stored) -> int:
+    stored, *rest = form
+    return resident_bytes(stored) + sum(vector.untyped_storage().nbytes() for vector in rest)
 
 
 def full_bytes(weight: Tensor) -> int:

@@ -1,38 +1,74 @@
 """From a full-precision weight to what is stored of it, and back: one place for every scheme.
 
-A form (see scheme.WeightForm) says what is stored: int8 or e4m3 [N, K], or 4-bit integers two to a byte [N, H]. The
-last axis of the scales is always N, so weights are joined along N by joining both along it.
+A form (see scheme.WeightForm) says what is stored: int8 or e4m3 [N, K], or 4-bit integers two to a byte [N, H], its
+scales, and its zero points where its grid has them. The last axis of both is always N, so weights are joined along
+N by joining each along it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from viditq_fx.ops.base import QuantOp
 from viditq_fx.ops.fp8 import E4M3, LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_TOKEN, quantize_fp8_per_channel
+from viditq_fx.ops.grid import dequantize_weight_grid, quantize_weight_grid
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.ops.pack import pack_int4, unpack_int4
 from viditq_fx.ops.quantize import (
+    QUANTIZE_PER_BLOCK,
     QUANTIZE_PER_TOKEN,
     dequantize_per_channel,
     dequantize_per_group,
     quantize_per_channel,
     quantize_per_group,
 )
-from viditq_fx.scheme import GROUP, QuantScheme, WeightForm
+from viditq_fx.ops.rotate import ROTATE_QUANTIZE, transform_weight
+from viditq_fx.scheme import QuantScheme, WeightForm
 
-LINEARS: Mapping[str, QuantOp] = {
-    "w8a8": LINEAR_W8A8,
-    "w8a7": LINEAR_W8A7,
-    "w4a8": LINEAR_W4A8,
-    f"w4a8-g{GROUP}": LINEAR_W4A8,
-    "fp8": LINEAR_W8A8_FP8,
-}
-"""Scheme -> the op that computes a linear in it."""
+LINEARS: tuple[QuantOp, ...] = (
+    LINEAR_W8A8,
+    LINEAR_W8A7,
+    LINEAR_W4A8,
+    LINEAR_W4A8_BLOCK,
+    LINEAR_W4A4,
+    LINEAR_W8A8_FP8,
+)
+"""Every op that computes a quantized linear."""
+
+Stored = tuple[Tensor, ...]
+"""(what is stored of a weight, fp32 scales), and fp32 zero points where the form has a grid."""
+
+
+def linear_of(scheme: QuantScheme) -> QuantOp:
+    """The op that computes a linear in a scheme."""
+    if scheme.floating:
+        return LINEAR_W8A8_FP8
+    if scheme.block is not None:
+        return LINEAR_W4A4 if scheme.input_bits == 4 else LINEAR_W4A8_BLOCK
+    if scheme.weight_bits == 4:
+        return LINEAR_W4A8
+    return LINEAR_W8A7 if scheme.input_bits <= 7 else LINEAR_W8A8
+
+
+@dataclass(frozen=True, eq=True)
+class Multiplier:
+    """The fp32 vector [K] that an input is multiplied, and a weight divided, by: told apart by its values."""
+
+    values: Tensor = field(compare=False, repr=False)
+    digest: str
+
+    @classmethod
+    def of(cls, values: Tensor) -> Multiplier:
+        """Of a vector of any float dtype on any device; kept as fp32 on the CPU."""
+        kept = values.detach().to("cpu", torch.float32).contiguous()
+        return cls(kept, hashlib.sha256(kept.numpy().tobytes()).hexdigest())
 
 
 def stored_dtype(form: WeightForm) -> torch.dtype:
@@ -42,35 +78,64 @@ def stored_dtype(form: WeightForm) -> torch.dtype:
     return torch.uint8 if form.nibbles else torch.int8
 
 
-def quantize_weight(w_NK: Tensor, form: WeightForm) -> tuple[Tensor, Tensor]:
-    """w [N, K] -> (what is stored, fp32 scales [N] or [G, N]). Scales of NaN or infinity are the caller's to refuse."""
+def quantize_weight(w_NK: Tensor, form: WeightForm) -> Stored:
+    """w [N, K] -> what is stored of it. Scales of NaN or infinity are the caller's to refuse."""
+    if form.rotation > 1 or form.multiplier is not None:
+        w_NK = transform_weight(w_NK, _values(form, w_NK.device), form.rotation)
     if form.floating:
         return quantize_fp8_per_channel(w_NK)
-    if form.group is None:
+    zero: tuple[Tensor, ...] = ()
+    if form.grid is not None:
+        q_NK, scale, *zero_points = quantize_weight_grid(w_NK, form.bits, form.group or 0, form.grid)
+        zero = tuple(zero_points)
+    elif form.group is None:
         q_NK, scale = quantize_per_channel(w_NK, form.bits)
     else:
         q_NK, scale = quantize_per_group(w_NK, form.bits, form.group)
-    return (pack_int4(q_NK) if form.nibbles else q_NK), scale
+    return (pack_int4(q_NK) if form.nibbles else q_NK), scale, *zero
 
 
-def quantize_input(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """x [..., K] -> (what the linear of a scheme multiplies, fp32 scales [..., 1]), by the dialect's op."""
+def _values(form: WeightForm, device: torch.device) -> Tensor | None:
+    if form.multiplier is None:
+        return None
+    assert isinstance(form.multiplier, Multiplier)
+    return form.multiplier.values.to(device)
+
+
+def quantize_input(
+    x: Tensor, scheme: QuantScheme, multiplier: Tensor | None = None, rotation: int = 1
+) -> tuple[Tensor, Tensor]:
+    """x [..., K] -> (what the linear of a scheme multiplies, fp32 scales [..., 1] or [..., blocks]), by the dialect."""
     if scheme.floating:
         return QUANTIZE_FP8_PER_TOKEN.overload(x)
+    if rotation > 1 or multiplier is not None:
+        return ROTATE_QUANTIZE.overload(x, multiplier, rotation, scheme.input_bits, scheme.block or 0)
+    if scheme.block is not None:
+        return QUANTIZE_PER_BLOCK.overload(x, scheme.input_bits, scheme.block)
     return QUANTIZE_PER_TOKEN.overload(x, scheme.input_bits)
 
 
-def dequantize_weight(
-    stored: Tensor, scale: Tensor, depth: int, form: WeightForm, dtype: torch.dtype
-) -> Tensor:
-    """What `quantize_weight` stored of a weight of K = `depth` -> s * q [N, K] in `dtype`."""
-    q_NK = unpack_int4(stored, depth) if form.nibbles else stored
-    if form.group is None:
-        return dequantize_per_channel(q_NK, scale, dtype)
-    return dequantize_per_group(q_NK, scale, form.group, dtype)
+def dequantize_weight(stored: Stored, depth: int, form: WeightForm, dtype: torch.dtype) -> Tensor:
+    """What `quantize_weight` stored of a weight of K = `depth` -> the weight [N, K] in `dtype`, transformed back."""
+    whole, scale, *zero = stored
+    exact = dtype if form.rotation == 1 and form.multiplier is None else torch.float32
+    q_NK = unpack_int4(whole, depth) if form.nibbles else whole
+    if zero:
+        w_NK = dequantize_weight_grid(q_NK, scale, zero[0], form.group or 0, exact)
+    elif form.group is None:
+        w_NK = dequantize_per_channel(q_NK, scale, exact)
+    else:
+        w_NK = dequantize_per_group(q_NK, scale, form.group, exact)
+    if form.rotation > 1:
+        w_NK = transform_weight(w_NK, None, form.rotation)  # the matrix is symmetric and orthogonal: its own inverse
+    if form.multiplier is not None:
+        values = _values(form, w_NK.device)
+        assert values is not None
+        w_NK = w_NK * values
+    return w_NK.to(dtype)
 
 
-def join_weights(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stored weights [N_i, ...] with their scales -> one stored weight [sum of N_i, ...] with its scales."""
-    stored, scales = zip(*parts, strict=True)
-    return torch.cat(stored), torch.cat(scales, dim=-1)
+def join_weights(parts: Sequence[Stored]) -> Stored:
+    """Stored weights [N_i, ...] -> one stored weight [sum of N_i, ...]."""
+    whole, *rest = zip(*parts, strict=True)
+    return torch.cat(whole), *(torch.cat(vectors, dim=-1) for vectors in rest)

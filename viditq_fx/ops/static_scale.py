@@ -1,0 +1,85 @@
+"""Quantize by a scale that calibration found, and what a scale for blocks of a token is undone with.
+
+    quantize_static     q = clamp(round_half_even(x / s), -qmax, qmax)    one s for all tokens of a call
+    dequantize_per_block   x ~= s[..., k // block] * q[..., k]
+
+Values beyond the calibrated range are clipped. A NaN becomes 0 with the scale NaN in its own row, as where scales
+are found at run time; an infinity is clipped like any value beyond the range.
+
+Shapes: x [..., K], scale fp32 [] or [1]; q int8 [..., K], s fp32 [..., 1], or [..., ceil(K / block)].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from viditq_fx.ops.base import QuantOp, Sample, register
+from viditq_fx.scheme import largest_int
+
+
+def quantize_static(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """x [..., K], scale fp32 [] or [1] -> (q int8 [..., K], s fp32 [..., 1]).
+
+    Raises ValueError for `bits` outside 2..8 or a scale of more elements.
+    """
+    if not 2 <= bits <= 8 or scale.numel() != 1:
+        raise ValueError(f"quantize_static: bits={bits} is 2 to 8, and one scale is given; got {tuple(scale.shape)}")
+    qmax = largest_int(bits)
+    x_f32 = x.to(torch.float32)
+    scaled = torch.round(x_f32 / scale.reshape(()))
+    wrong = scaled != scaled
+    q = torch.clamp(torch.where(wrong, torch.zeros_like(scaled), scaled), -qmax, qmax).to(torch.int8)
+    rows = torch.where(wrong.any(-1, keepdim=True), torch.full_like(x_f32[..., :1], torch.nan), scale.reshape(()))
+    return q, rows
+
+
+def fake_static(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What quantize_static returns, without values."""
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def dequantize_per_block(q: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """(q int8 [..., K], s fp32 [..., ceil(K / block)]) -> s * q in `dtype`, [..., K]."""
+    depth = q.shape[-1]
+    padded = F.pad(q.to(torch.float32), (0, scale.shape[-1] * block - depth))
+    whole = padded.unflatten(-1, (scale.shape[-1], block)) * scale.unsqueeze(-1)
+    return whole.flatten(-2)[..., :depth].to(dtype)
+
+
+def _static_samples(device: torch.device) -> Iterator[Sample]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(2, 5, 40, generator=gen, device=device)
+    yield Sample(label="fp32", args=(x, torch.tensor(0.02, device=device), 8))
+    yield Sample(label="bf16-clipped", args=(x.to(torch.bfloat16), torch.tensor([0.01], device=device), 6))
+
+
+def _block_samples(device: torch.device) -> Iterator[Sample]:
+    gen = torch.Generator(device=device).manual_seed(0)
+    for depth, block in ((64, 32), (75, 32), (20, 32)):
+        q = torch.randint(-127, 128, (2, 5, depth), generator=gen, dtype=torch.int8, device=device)
+        scale = torch.rand(2, 5, -(-depth // block), generator=gen, device=device)
+        yield Sample(label=f"k{depth}", args=(q, scale, block, torch.bfloat16))
+
+
+QUANTIZE_STATIC = register(
+    QuantOp(
+        name="quantize_static",
+        schema="(Tensor x, Tensor scale, int bits) -> (Tensor, Tensor)",
+        reference=quantize_static,
+        fake=None,
+        samples=_static_samples,
+    )
+)
+DEQUANTIZE_PER_BLOCK = register(
+    QuantOp(
+        name="dequantize_per_block",
+        schema="(Tensor q, Tensor scale, int block, ScalarType dtype) -> Tensor",
+        reference=dequantize_per_block,
+        fake=None,
+        samples=_block_samples,
+    )
+)

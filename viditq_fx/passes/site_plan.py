@@ -1,0 +1,154 @@
+"""What the recipe, or a scheme alone, asks of one site, and the vectors of it as inputs of the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from viditq_fx import ops
+from viditq_fx.errors import RecipeError
+from viditq_fx.graph_edit import call, example, fake_mode_of
+from viditq_fx.ops.rotate import rotation_block
+from viditq_fx.ops.weight_forms import Multiplier
+from viditq_fx.passes.base import ConstantSlot, PassContext
+from viditq_fx.passes.dataflow import source_name
+from viditq_fx.recipe import SitePlan
+from viditq_fx.scheme import QuantScheme
+from viditq_fx.site import fqn_of_source
+
+SLOT_KEY = "viditq_slot"
+"""Key of a placeholder's meta: this input holds a packed weight or a part of it, or a vector of the recipe."""
+CONSTANT_KEY = "viditq_constant"
+"""Key of a placeholder's meta that holds the Multiplier, or the table of scales, that it stands for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """What is done to a linear's input and weight before they are quantized."""
+
+    multiplier: Multiplier | None = None
+    rotation: int = 1
+
+    def __bool__(self) -> bool:
+        return self.multiplier is not None or self.rotation > 1
+
+
+def transform_of(fqn: str, depth: int, scheme: QuantScheme, ctx: PassContext) -> Transform:
+    """The transform of the site at a module path, whose input has `depth` channels.
+
+    Raises RecipeError for a plan that does not fit the site.
+    """
+    plan = site_plan(fqn, ctx)
+    if plan is None:
+        return Transform(rotation=rotation_block(depth) if scheme.rotate else 1)
+    values = plan.multiplier
+    if values is not None and tuple(values.shape) != (depth,):
+        raise RecipeError(
+            f"{fqn}: the recipe's multiplier has shape {tuple(values.shape)}, but the site's input has {depth} "
+            "channels: the recipe was made for another model"
+        )
+    if depth % plan.rotation:
+        raise RecipeError(f"{fqn}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}")
+    return Transform(multiplier=None if values is None else Multiplier.of(values), rotation=plan.rotation)
+
+
+def site_plan(fqn: str, ctx: PassContext) -> SitePlan | None:
+    """The recipe's plan for a module path; None without one."""
+    return None if ctx.recipe is None else ctx.recipe.sites.get(fqn)
+
+
+def constant_input(graph: fx.Graph, values: Tensor, key: object, name: str, like: fx.Node, ctx: PassContext) -> fx.Node:
+    """The graph input that holds a vector of the recipe: one for each `key`, kept on the device of `like`'s value."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.meta.get(CONSTANT_KEY) == key:
+            return node
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    device = example(like).device
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.target = node.name
+    with torch.inference_mode(False), torch.no_grad():
+        held = values.detach().to(device, torch.float32).contiguous()
+    node.meta = {
+        "example_value": fake_mode_of_node(like).from_tensor(held, static_shapes=True),
+        "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
+        SLOT_KEY: node.name,
+        CONSTANT_KEY: key,
+    }
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    ctx.constant_slots.append(ConstantSlot(name=node.name, value=held))
+    return node
+
+
+def fake_mode_of_node(node: fx.Node):  # noqa: ANN201 (torch's own class)
+    """The fake mode of a node's own value."""
+    return example(node).fake_mode
+
+
+def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node, ctx: PassContext) -> fx.Node:
+    """Insert what gives the calibrated scale of a site's input, fp32 [1]; at the insertion point.
+
+    Raises RecipeError where the recipe has none, or the graph has no timestep to choose it by.
+    """
+    plan = site_plan(fqn, ctx)
+    wanted = 0 if scheme.input_range == "static" else 1
+    if ctx.recipe is None or plan is None or plan.input_scale is None or plan.input_scale.dim() != wanted:
+        raise RecipeError(
+            f"{fqn}: scheme {str(scheme)!r} takes its input's scale from calibration, and there is none for this site; "
+            f"run viditq_fx.calibrate(model, run, scheme={str(scheme)!r}) and pass its recipe"
+        )
+    x = linear.args[0]
+    assert isinstance(x, fx.Node)
+    values = plan.input_scale.reshape(-1)
+    if not (bool(torch.isfinite(values).all()) and bool((values > 0).all())):
+        raise RecipeError(f"{fqn}: the recipe's input scales are not positive numbers")
+    table = constant_input(graph, values, f"{fqn}:input_scale", "input_scale", x, ctx)
+    if scheme.input_range == "static":
+        return table
+    if values.numel() != len(ctx.recipe.edges) + 1:
+        raise RecipeError(f"{fqn}: {values.numel()} scales for {len(ctx.recipe.edges) + 1} ranges of the timestep")
+    bucket = _bucket(graph, fqn, linear, ctx)
+    return call(graph, torch.index_select, (table, 0, bucket), linear)
+
+
+def _bucket(graph: fx.Graph, fqn: str, linear: fx.Node, ctx: PassContext) -> fx.Node:
+    """The number of the timestep's range, int64 [1]: computed once, in front of the first site that asks."""
+    known = next((n for n in graph.nodes if n.meta.get(CONSTANT_KEY) == "bucket"), None)
+    if known is not None:
+        return known
+    assert ctx.recipe is not None
+    name = ctx.recipe.timestep
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    timestep = next((n for n in placeholders if name and fqn_of_source(source_name(n)) == name), None)
+    timestep = timestep or next((n for n in placeholders if name and source_name(n) == f"L[{name!r}]"), None)
+    if timestep is None or not isinstance(example(timestep), torch.Tensor):
+        raise RecipeError(
+            f"{fqn}: scheme with input ranges by timestep, but this graph has no tensor argument {name!r}: compile the "
+            "whole model and not its blocks, or choose a scheme without '-timestep'"
+        )
+    edges = torch.tensor(ctx.recipe.edges, dtype=torch.float32)
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    held = constant_input(graph, edges, "edges", "timestep_edges", timestep, ctx)
+    with graph.inserting_before(first):
+        largest = call(graph, torch.amax, (timestep,), linear)
+        as_float = call(graph, torch.Tensor.to, (largest, torch.float32), linear)
+        index = call(graph, torch.bucketize, (as_float, held), linear, right=True)
+        bucket = call(graph, torch.Tensor.reshape, (index, (1,)), linear)
+    bucket.meta[CONSTANT_KEY] = "bucket"
+    return bucket
+
+
+def insert_transform(graph: fx.Graph, weight: fx.Node, transform: Transform, like: fx.Node, ctx: PassContext) -> fx.Node:
+    """Insert the transform of a weight [N, K] at the insertion point; the weight itself where there is none."""
+    if not transform:
+        return weight
+    return call(graph, ops.TRANSFORM_WEIGHT.overload, (weight, multiplier_input(graph, transform, weight, ctx), transform.rotation), like)
+
+
+def multiplier_input(graph: fx.Graph, transform: Transform, like: fx.Node, ctx: PassContext) -> fx.Node | None:
+    """The graph input that holds a transform's multiplier, or None."""
+    if transform.multiplier is None:
+        return None
+    return constant_input(graph, transform.multiplier.values, transform.multiplier, "multiplier", like, ctx)
