@@ -60,13 +60,15 @@ def _compile_quantized(
     from viditq_fx.lowering.templates import extra_templates
     from viditq_fx.passes.base import PassContext
     from viditq_fx.passes.pipeline import build_pipeline
-    from viditq_fx.passes.place_weights import SLOT_KEY
+    from viditq_fx.passes.site_plan import SLOT_KEY
     from viditq_fx.plugins import class_files, identity, package_files
     from viditq_fx.runtime import CompiledGraph
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
     quantized = copy_graph_module(gm)
-    ctx = PassContext(scheme=ours.scheme, keep=ours.keep, attention=ours.attention, report=report)
+    ctx = PassContext(
+        scheme=ours.scheme, keep=ours.keep, attention=ours.attention, recipe=ours.recipe, report=report
+    )
     pipeline = build_pipeline(ours, report, _trace)
     pipeline.run(quantized, ctx)
     if ours.strict:
@@ -98,6 +100,7 @@ def _compile_quantized(
     return CompiledGraph(
         compiled=compiled.run,
         passed_through=passed_through,
+        constants=[slot.value for slot in ctx.constant_slots],
         weights=_weight_arguments(ctx.weight_slots, positions, sources),
         biases=[tuple(positions[name] for name in slot.sources) for slot in ctx.bias_slots],
         full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],

@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from os import PathLike
 from typing import Any
 
 from viditq_fx.errors import OptionError
+from viditq_fx.recipe import Recipe
 from viditq_fx.scheme import QuantScheme
 
 WEIGHTS_MODES = ("keep", "release")
@@ -21,6 +23,8 @@ class CompileOptions:
 
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme.parse("w8a8"))
     """Scheme of every site that the policy quantizes, by name: "w8a8", "w8a7", "w4a8", "w4a8-g128" or "fp8"."""
+    recipe: Recipe | None = None
+    """What calibration decided, as a Recipe or the directory of a saved one; it brings its scheme along."""
     keep: tuple[str, ...] = ()
     """Sites to leave in full precision besides the policy's: globs over module paths, or roles."""
     strict: bool = False
@@ -63,6 +67,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     rest = {key: value for key, value in options.items() if key not in names}
     readers = {
         "scheme": QuantScheme.parse,
+        "recipe": _recipe,
         "keep": _patterns,
         "extra_passes": partial(_listed, "extra_passes"),
         "extra_templates": partial(_listed, "extra_templates"),
@@ -76,6 +81,12 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
             raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
+    recipe = ours.get("recipe")
+    if recipe is not None:
+        scheme = ours.get("scheme", recipe.scheme)
+        if scheme != recipe.scheme and "scheme" in options:
+            raise OptionError(f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone")
+        ours |= {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
     return CompileOptions(**ours), rest
 
 
@@ -88,6 +99,14 @@ def unknown_option(key: str, inductor_names: Iterable[str]) -> OptionError:
         f"unknown option {key!r}{hint} viditq's options are {', '.join(names)}; "
         "every option of torch.compile's inductor backend is accepted too"
     )
+
+
+def _recipe(value: Any) -> Recipe | None:
+    if value is None or isinstance(value, Recipe):
+        return value
+    if not isinstance(value, str | PathLike):
+        raise OptionError(f"option 'recipe' is a Recipe or the directory of a saved one, not {value!r}")
+    return Recipe.load(value)
 
 
 def _listed(key: str, value: Any) -> tuple[Any, ...]:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from viditq_fx import ops
-from viditq_fx.errors import ViditqError, WeightError
+from viditq_fx.errors import RecipeError, ViditqError, WeightError
 from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
-from viditq_fx.ops.weight_forms import dequantize_weight, quantize_input, quantize_weight, stored_dtype
-from viditq_fx.scheme import QuantScheme
+from viditq_fx.ops.rotate import rotation_block
+from viditq_fx.ops.weight_forms import (
+    Multiplier,
+    Stored,
+    dequantize_weight,
+    linear_in_scheme,
+    quantize_input,
+    quantize_weight,
+    stored_dtype,
+)
+from viditq_fx.recipe import SitePlan
+from viditq_fx.scheme import QuantScheme, WeightForm
+from viditq_fx.timestep import Clock
 
 _HOOKS = (
     "_forward_hooks",
@@ -21,7 +33,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_SAVED = ("weight", "weight_q", "weight_scale")
+_SAVED = ("weight", "weight_q", "weight_scale", "weight_zero", "input_multiplier", "input_scale", "rotation")
 
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -30,11 +42,47 @@ _Layer = TypeVar("_Layer", bound="QuantLinear")
 _IMAGE_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> SitePlan:
+    """The plan of a layer of K = `depth`: a scheme's own rotation where no recipe has decided one.
+
+    Raises RecipeError for a plan that does not fit, or that is to stay in full precision.
+    """
+    if isinstance(scheme, QuantScheme):
+        plan = SitePlan(scheme=scheme, rotation=rotation_block(depth) if scheme.rotate else 1)
+    else:
+        plan = scheme
+    if plan.scheme is None:
+        raise RecipeError(f"{name}: the recipe keeps this layer in full precision")
+    if plan.multiplier is not None and tuple(plan.multiplier.shape) != (depth,):
+        raise RecipeError(f"{name}: the recipe's multiplier is {tuple(plan.multiplier.shape)}, the layer has K={depth}")
+    if depth % plan.rotation:
+        raise RecipeError(f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}")
+    if plan.scheme.calibrated and plan.input_scale is None:
+        raise RecipeError(
+            f"{name}: scheme {str(plan.scheme)!r} takes its input's scale from calibration: pass a recipe of "
+            "viditq_fx.calibrate(model, run, scheme=...)"
+        )
+    return plan
+
+
+def form_of(plan: SitePlan) -> WeightForm:
+    """What the weight of a planned site is packed to."""
+    assert plan.scheme is not None
+    multiplier = None if plan.multiplier is None else Multiplier.of(plan.multiplier)
+    return replace(plan.scheme.weight_form, rotation=plan.rotation, multiplier=multiplier)
+
+
+def _held(values: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if values is None else values.detach().to(device, torch.float32).clone()
+
+
 class QuantLinear(nn.Module):
     """x [..., K] -> [..., N] by quantize_per_token and an integer linear; no derivative.
 
     In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one. With 4-bit
-    weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N].
+    weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
+    there is `weight_zero`, shaped as the scales; where the input is balanced or rotated first, `input_multiplier`
+    fp32 [K] and `rotation` int64 [], the block.
     A full-precision `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
@@ -43,36 +91,50 @@ class QuantLinear(nn.Module):
 
     _weight_q: Tensor
     _weight_scale: Tensor
+    _weight_zero: Tensor | None
+    _input_multiplier: Tensor | None
+    _input_scale: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
         self,
-        weight_q: Tensor,
-        weight_scale: Tensor,
+        stored: Stored,
         bias: nn.Parameter | None,
-        scheme: QuantScheme,
+        plan: SitePlan,
         weight_dtype: torch.dtype,
         in_features: int,
     ) -> None:
         super().__init__()
+        assert plan.scheme is not None
+        weight_q, scale, *zero = stored
         self.out_features, self.in_features = weight_q.shape[0], in_features
-        self.scheme = scheme
+        self.scheme, self.rotation = plan.scheme, plan.rotation
         self.weight_dtype = weight_dtype
+        self.clock: Clock | None = None
+        """Where the range of the timestep is read, for scheme '-timestep'; `quantize_` sets it."""
         self._set_key(weight_q)
-        self.register_buffer("_weight_scale", weight_scale, persistent=False)
+        vectors = {
+            "_weight_scale": scale,
+            "_weight_zero": zero[0] if zero else None,
+            "_input_multiplier": _held(plan.multiplier, scale.device),
+            "_input_scale": _held(plan.input_scale, scale.device),
+        }
+        for name, value in vectors.items():
+            self.register_buffer(name, value, persistent=False)
         self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Linear,
-        scheme: QuantScheme,
+        scheme: QuantScheme | SitePlan,
         name: str = "linear",
-        packed: dict[int, tuple[Tensor, Tensor]] | None = None,
+        packed: dict[int, Stored] | None = None,
     ) -> QuantLinear:
-        """Pack a linear; `packed` lets tied weights share one pair (keyed by the parameter's id).
+        """Pack a linear; `packed` lets tied weights share one form (keyed by the parameter's id).
 
-        Raises WeightError when the weight is on `meta` or holds NaN or infinity.
+        `scheme` may be a recipe's plan for it. Raises WeightError when the weight is on `meta` or holds NaN or
+        infinity, RecipeError for a plan that does not fit the layer.
         """
         return cls._pack(linear, scheme, name, packed)
 
@@ -80,23 +142,24 @@ class QuantLinear(nn.Module):
     def _pack(
         cls: type[_Layer],
         linear: nn.Linear | Convolution,
-        scheme: QuantScheme,
+        scheme: QuantScheme | SitePlan,
         name: str,
-        packed: dict[int, tuple[Tensor, Tensor]] | None,
+        packed: dict[int, Stored] | None,
         **options: Any,
     ) -> _Layer:
         weight, memo = linear.weight, packed if packed is not None else {}
         bias: Any = linear.bias
+        plan = complete_plan(scheme, weight[0].numel(), name)
         # Buffers made under inference_mode could not be loaded into later.
         with torch.inference_mode(False), torch.no_grad():
             if id(weight) not in memo:
                 if weight.device.type == "meta":
                     raise WeightError(f"{name}: the weight is on the meta device; load it first")
-                q, scale = quantize_weight(weight.detach().flatten(1), scheme.weight_form)
-                if not bool(torch.isfinite(scale).all()):
+                q, *vectors = quantize_weight(weight.detach().flatten(1), form_of(plan))
+                if not all(bool(torch.isfinite(vector).all()) for vector in vectors):
                     raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
-                memo[id(weight)] = own(q), scale
-            layer = cls(*memo[id(weight)], bias, scheme, weight.dtype, weight[0].numel(), **options)
+                memo[id(weight)] = own(q), *vectors
+            layer = cls(memo[id(weight)], bias, plan, weight.dtype, weight[0].numel(), **options)
         for key in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
             layer.__dict__[key] = getattr(linear, key)
         return layer.train(linear.training)
@@ -118,9 +181,10 @@ class QuantLinear(nn.Module):
         )
         if torch.compiler.is_compiling():
             self._keep_plain_for_export()
-        x_q, x_scale = quantize_input(x, self.scheme)
-        linear = ops.LINEARS[str(self.scheme)].overload
-        return linear(x_q, x_scale, self._weight_q, self._weight_scale, self.bias, dtype)
+        x_q, x_scale = quantize_input(
+            x, self.scheme, self._input_multiplier, self.rotation, self._scale_now()
+        )
+        return linear_in_scheme(self.scheme, x_q, x_scale, self._stored(), self.bias, dtype)
 
     @torch.compiler.assume_constant_result  # so Dynamo runs it, and torch 2.11's does not take it for an export
     def _keep_plain_for_export(self) -> bool:
@@ -133,10 +197,29 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [N, K] dequantized to the dtype it had: a new tensor at every access."""
-        whole = dequantize_weight(
-            self.weight_q, self._weight_scale, self.in_features, self.scheme.weight_form, self.weight_dtype
-        )
+        stored = (self.weight_q, *self._stored()[1:])
+        whole = dequantize_weight(stored, self.in_features, self._form(), self.weight_dtype)
         return whole.reshape(self._weight_shape)
+
+    def _scale_now(self) -> Tensor | None:
+        """The calibrated scale of this call; None where scales are found at run time."""
+        if self._input_scale is None or self.scheme.input_range != "timestep":
+            return self._input_scale
+        if self.clock is None:
+            raise RecipeError(
+                f"{self.extra_repr()}: no model tells this layer its timestep; quantize_ the whole model by the recipe"
+            )
+        return self._input_scale.index_select(0, self.clock.read())
+
+    def _stored(self) -> Stored:
+        zero = () if self._weight_zero is None else (self._weight_zero,)
+        return self._weight_q, self._weight_scale, *zero
+
+    def _plan(self) -> SitePlan:
+        return SitePlan(scheme=self.scheme, multiplier=self._input_multiplier, rotation=self.rotation)
+
+    def _form(self) -> WeightForm:
+        return form_of(self._plan())
 
     @property
     def _weight_shape(self) -> tuple[int, ...]:
@@ -159,7 +242,8 @@ class QuantLinear(nn.Module):
 
     def resident_bytes(self) -> int:
         """Bytes of memory that the weight takes now, in every layout, with its scales."""
-        return resident_bytes(self._weight_q) + self._weight_scale.untyped_storage().nbytes()
+        vectors = [value for value in self._buffers.values() if value is not None]
+        return resident_bytes(self._weight_q) + sum(v.untyped_storage().nbytes() for v in vectors)
 
     def extra_repr(self) -> str:
         return (
@@ -168,21 +252,24 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        scale, key = self._weight_scale, restore(self._weight_q)
+        vectors, key = dict(self._buffers), restore(self._weight_q)
         super()._apply(fn, recurse)
         with torch.inference_mode(False), torch.no_grad():
             moved = fn(key)
             if moved is not key:
                 self._set_key(moved)
-            if self._weight_scale.dtype != torch.float32:  # model.half() casts buffers: scales stay fp32
-                self._weight_scale = scale.to(self._weight_scale.device)
+            for name, value in self._buffers.items():  # model.half() casts buffers: scales stay fp32
+                old = vectors[name]
+                if value is not None and old is not None and value.dtype != old.dtype:
+                    self._buffers[name] = old.to(value.device)
             self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=key.device)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight_q"] = self.weight_q
-        destination[prefix + "weight_scale"] = self._weight_scale
+        for name, value in self._vectors().items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(
         self,
@@ -201,8 +288,8 @@ class QuantLinear(nn.Module):
         ours = {prefix + name for name in _SAVED}
         unexpected_keys.extend(key for key in unexpected if key not in ours)
         found = {name: state_dict[prefix + name] for name in _SAVED if prefix + name in state_dict}
-        if "weight" not in found and len(found) < 2:
-            missing_keys.extend(prefix + name for name in _SAVED[1:] if name not in found)
+        if "weight" not in found and not {"weight_q", *self._vectors()} <= found.keys():
+            missing_keys.extend(prefix + n for n in ("weight_q", *self._vectors()) if n not in found)
             return
         with torch.inference_mode(False), torch.no_grad():
             problem = self._load_weight(found, bool(local_metadata.get("assign_to_params_buffers", False)))
@@ -215,29 +302,44 @@ class QuantLinear(nn.Module):
         if problem is not None:
             return problem
         if "weight" in found:
-            q, scale = quantize_weight(found["weight"].flatten(1), self.scheme.weight_form)
+            q, *vectors = quantize_weight(found["weight"].flatten(1), self._form())
+            given = dict(zip(("weight_scale", "weight_zero"), vectors, strict=False))
         else:
-            q, scale = found["weight_q"], found["weight_scale"]
-        if not bool(torch.isfinite(scale).all()):
-            return f"{'weight' if 'weight' in found else 'weight_scale'}: holds NaN or infinity"
+            q, given = found["weight_q"], {name: found[name] for name in self._vectors()}
+        for name, value in given.items():
+            if not bool(torch.isfinite(value).all()):
+                return f"{'weight' if 'weight' in found else name}: holds NaN or infinity"
+        if int(given.pop("rotation", torch.tensor(self.rotation))) != self.rotation:
+            return f"rotation: this layer rotates blocks of {self.rotation}; quantize it by the recipe that was saved"
         if assign:
             self._set_key(own(q))
-            self._weight_scale = scale.detach()
         else:
             restore(self._weight_q).copy_(q)
-            self._weight_scale.copy_(scale)
+        for name, value in given.items():
+            if assign:
+                self._buffers[f"_{name}"] = value.detach()
+            else:
+                self._vectors()[name].copy_(value)
         return None
 
+    def _vectors(self) -> dict[str, Tensor]:
+        """What a state dict holds beside the weight's integers."""
+        named = {name[1:]: value for name, value in self._buffers.items() if value is not None}
+        rotated = {"rotation": torch.tensor(self.rotation)} if self.rotation > 1 else {}
+        return {name: value for name, value in named.items() if name in _SAVED} | rotated
+
     def _why_not_load(self, found: dict[str, Tensor], assign: bool) -> str | None:
-        n, k, form = self.out_features, self.in_features, self.scheme.weight_form
+        n, k, form = self.out_features, self.in_features, self._form()
         wanted = {
             "weight": (self._weight_shape, None),
             "weight_q": ((n, form.stored_width(k)), stored_dtype(form)),
-            "weight_scale": (tuple(self._weight_scale.shape), torch.float32),
+            **{name: (tuple(value.shape), value.dtype) for name, value in self._vectors().items()},
         }
         if "weight" in found and len(found) > 1:
             return "weight: given beside weight_q or weight_scale; load one form of it"
         for name, value in found.items():
+            if name not in wanted:
+                return f"{name}: this layer, in scheme {self.scheme}, has none; quantize it as the saved one was"
             shape, dtype = wanted[name]
             if tuple(value.shape) != shape or (
                 value.dtype != dtype if dtype else not value.is_floating_point()
@@ -259,7 +361,7 @@ class QuantLinear(nn.Module):
         self._set_key(adopt(self._weight_q))  # tied layers were copied with one tensor, and keep one
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in {"weight", "weight_q", "weight_scale"}:
+        if name in {"weight", "weight_q", "weight_scale", "weight_zero", "input_multiplier"}:
             raise ViditqError(
                 f"{type(self).__name__}.{name} is read-only: load a state dict to change the weight"
             )
@@ -275,15 +377,14 @@ class QuantPointwiseConv(QuantLinear):
 
     def __init__(
         self,
-        weight_q: Tensor,
-        weight_scale: Tensor,
+        stored: Stored,
         bias: nn.Parameter | None,
-        scheme: QuantScheme,
+        plan: SitePlan,
         weight_dtype: torch.dtype,
         in_features: int,
         space: int = 2,
     ) -> None:
-        super().__init__(weight_q, weight_scale, bias, scheme, weight_dtype, in_features)
+        super().__init__(stored, bias, plan, weight_dtype, in_features)
         # What code reads of a convolution over `space` dimensions.
         self.out_channels, self.in_channels = self.out_features, self.in_features
         self.kernel_size = self.stride = self.dilation = (1,) * space
@@ -293,9 +394,9 @@ class QuantPointwiseConv(QuantLinear):
     def from_conv(
         cls,
         conv: Convolution,
-        scheme: QuantScheme,
+        scheme: QuantScheme | SitePlan,
         name: str = "conv",
-        packed: dict[int, tuple[Tensor, Tensor]] | None = None,
+        packed: dict[int, Stored] | None = None,
     ) -> QuantPointwiseConv:
         """Pack a convolution; `packed` as in `QuantLinear.from_linear`.
 
@@ -337,7 +438,7 @@ def is_linear_layer(module: nn.Module) -> bool:
 
 
 def quantized_layer(
-    module: nn.Module, scheme: QuantScheme, name: str, packed: dict[int, tuple[Tensor, Tensor]]
+    module: nn.Module, scheme: QuantScheme | SitePlan, name: str, packed: dict[int, Stored]
 ) -> QuantLinear:
     """The int8 layer that takes a linear layer's place; see `QuantLinear.from_linear`."""
     if isinstance(module, Convolution):

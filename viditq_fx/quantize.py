@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from types import FunctionType
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from viditq_fx.errors import StrictError, ViditqError
-from viditq_fx.options import split_options
+from viditq_fx.ops.weight_forms import Stored
+from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import weight_parameter
@@ -23,9 +25,11 @@ from viditq_fx.quant_linear import (
     quantized_layer,
     why_not_pointwise,
 )
+from viditq_fx.recipe import Recipe
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import site_of_module
+from viditq_fx.timestep import clock_for
 
 
 def quantize_(
@@ -36,18 +40,20 @@ def quantize_(
     scheme: str | QuantScheme = "w8a8",
     keep: str | Sequence[str] = (),
     strict: bool = False,
+    recipe: Recipe | str | PathLike[str] | None = None,
 ) -> CompileReport:
     """Replace what the policy quantizes, in place: linears by `QuantLinear`, 1x1 convolutions by `QuantPointwiseConv`.
 
     `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
-    precision. The model then runs eagerly and compiled, moves, copies and saves in int8.
+    precision. A `recipe` (of `calibrate`, or the directory of a saved one) brings schemes, balance and rotation by
+    site, and its own scheme and keep. The model then runs eagerly and compiled, moves, copies and saves in int8.
 
     Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
-    Raises SchemeError or OptionError for wrong arguments, ViditqError without an example call,
+    Raises SchemeError, OptionError or RecipeError for wrong arguments, ViditqError without an example call,
     StrictError for a refused or unseen linear under `strict=True`; in each case the model is as it was.
     """
-    options, _ = split_options({"scheme": scheme, "keep": keep, "strict": strict})
+    options, _ = split_options({"scheme": scheme, "keep": keep, "strict": strict, "recipe": recipe})
     if not isinstance(model, nn.Module):
         raise ViditqError(f"quantize_: expected a torch.nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)
@@ -59,8 +65,8 @@ def quantize_(
             "in full precision are found by running the model once"
         )
     report = CompileReport(scheme=str(options.scheme), device=_device_of(model))
-    plans = _trace(model, args, kwargs or {}, _Capture(options.scheme, options.keep, report))
-    chosen = _choose(model, plans, options.scheme)
+    plans = _trace(model, args, kwargs or {}, _Capture(options, report))
+    chosen = _choose(model, plans)
     unseen = _unseen(model, plans, options.keep)
     report.rejects += [f"{fqn}: {_UNSEEN}" for fqn in unseen]
     if options.strict:
@@ -69,7 +75,7 @@ def quantize_(
         refused += [f"  {fqn}: {_UNSEEN}; name it in keep= where that is meant" for fqn in unseen]
         if refused:
             raise StrictError(f"strict=True: {len(refused)} sites were refused:\n" + "\n".join(refused))
-    _swap(model, chosen, options.scheme)
+    _swap(model, chosen, options)
     return report
 
 
@@ -82,8 +88,8 @@ class _Capture:
     Dynamo keeps a backend for as long as the process lives, so it gives everything up afterwards.
     """
 
-    def __init__(self, scheme: QuantScheme, keep: tuple[str, ...], report: CompileReport) -> None:
-        self._scheme, self._keep, self._report = scheme, keep, report
+    def __init__(self, options: CompileOptions, report: CompileReport) -> None:
+        self._options, self._report = options, report
         self._plans: _Plans = {}
         self._graphs: list[fx.GraphModule] = []
 
@@ -91,7 +97,8 @@ class _Capture:
         from viditq_fx.graph_edit import copy_graph_module
 
         annotated = copy_graph_module(gm)
-        ctx = PassContext(scheme=self._scheme, keep=self._keep, report=self._report)
+        asked = self._options
+        ctx = PassContext(scheme=asked.scheme, keep=asked.keep, recipe=asked.recipe, report=self._report)
         Normalize().run(annotated, ctx)
         AnnotateSites().run(annotated, ctx)
         positions = {n.name: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
@@ -146,7 +153,7 @@ def _fresh_call(model: nn.Module) -> Callable[..., Any]:
     return FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
 
 
-def _choose(model: nn.Module, plans: _Plans, scheme: QuantScheme) -> dict[str, nn.Module]:
+def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Module]:
     """Module path -> layer to replace; entries of what cannot be replaced get their reason."""
     chosen: dict[str, nn.Module] = {}
     replaceable: set[int] = set()
@@ -171,7 +178,8 @@ def _choose(model: nn.Module, plans: _Plans, scheme: QuantScheme) -> dict[str, n
                     None,
                 )
             if entry.done:
-                entry.bytes_packed = scheme.weight_form.nbytes(entry.width, entry.depth)
+                form = QuantScheme.parse(entry.done).weight_form
+                entry.bytes_packed = form.nbytes(entry.width, entry.depth)
     return chosen
 
 
@@ -215,13 +223,21 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
-def _swap(model: nn.Module, chosen: Mapping[str, nn.Module], scheme: QuantScheme) -> None:
+def _swap(model: nn.Module, chosen: Mapping[str, nn.Module], options: CompileOptions) -> None:
     """Pack everything first, then replace: a failure half-way leaves the model as it was."""
     made: dict[int, QuantLinear] = {}
-    packed: dict[int, tuple[Tensor, Tensor]] = {}
+    packed: dict[int, Stored] = {}
+    planned = options.recipe.sites if options.recipe is not None else {}
     for path, layer in chosen.items():
         if id(layer) not in made:
-            made[id(layer)] = quantized_layer(layer, scheme, path, packed)
+            plan = planned.get(site_of_module(path).fqn, options.scheme)
+            made[id(layer)] = quantized_layer(layer, plan, path, packed)
+    clocked = [layer for layer in made.values() if layer.scheme.input_range == "timestep"]
+    if clocked:
+        assert options.recipe is not None
+        clock = clock_for(model, options.recipe.edges, options.recipe.timestep)
+        for layer in clocked:
+            layer.clock = clock
     for path, layer in chosen.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, made[id(layer)])

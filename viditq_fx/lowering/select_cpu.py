@@ -66,7 +66,7 @@ def integer_linears(gm: fx.GraphModule) -> list[fx.Node]:
 
 def quantized_linears(gm: fx.GraphModule) -> list[fx.Node]:
     """Linears of the dialect, of any scheme, that are still whole in a graph."""
-    targets = {op.overload for op in ops.LINEARS.values()}
+    targets = {op.overload for op in ops.LINEARS}
     return [node for node in gm.graph.nodes if node.target in targets]
 
 

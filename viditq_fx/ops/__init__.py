@@ -21,9 +21,14 @@ from viditq_fx.ops.quantize import (
     QUANTIZE_PER_TOKEN,
 )
 from viditq_fx.ops.rotate import ROTATE, ROTATE_QUANTIZE, TRANSFORM_WEIGHT
-from viditq_fx.ops.weight_forms import LINEARS
+from viditq_fx.ops.static_scale import DEQUANTIZE_PER_BLOCK, QUANTIZE_STATIC
+from viditq_fx.ops.weight_forms import LINEARS, linear_of
+from viditq_fx.ops.zero_point import ADD_ZERO_POINT
 
 __all__ = [
+    "ADD_ZERO_POINT",
+    "DEQUANTIZE_PER_BLOCK",
+    "QUANTIZE_STATIC",
     "ACTIVATION_QUANTIZE",
     "ATTENTION_INT8",
     "CAT_INT8",
@@ -60,4 +65,5 @@ __all__ = [
     "Sample",
     "Tolerance",
     "all_ops",
+    "linear_of",
 ]

@@ -20,7 +20,7 @@ from viditq_fx.ops.grid import dequantize_weight_grid, quantize_weight_grid
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
-from viditq_fx.ops.pack import pack_int4, unpack_int4
+from viditq_fx.ops.pack import PACK_INT4, pack_int4, unpack_int4
 from viditq_fx.ops.quantize import (
     QUANTIZE_PER_BLOCK,
     QUANTIZE_PER_TOKEN,
@@ -29,7 +29,9 @@ from viditq_fx.ops.quantize import (
     quantize_per_channel,
     quantize_per_group,
 )
-from viditq_fx.ops.rotate import ROTATE_QUANTIZE, transform_weight
+from viditq_fx.ops.rotate import ROTATE, ROTATE_QUANTIZE, transform_weight
+from viditq_fx.ops.static_scale import QUANTIZE_STATIC
+from viditq_fx.ops.zero_point import ADD_ZERO_POINT
 from viditq_fx.scheme import QuantScheme, WeightForm
 
 LINEARS: tuple[QuantOp, ...] = (
@@ -103,16 +105,45 @@ def _values(form: WeightForm, device: torch.device) -> Tensor | None:
 
 
 def quantize_input(
-    x: Tensor, scheme: QuantScheme, multiplier: Tensor | None = None, rotation: int = 1
+    x: Tensor,
+    scheme: QuantScheme,
+    multiplier: Tensor | None = None,
+    rotation: int = 1,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x [..., K] -> (what the linear of a scheme multiplies, fp32 scales [..., 1] or [..., blocks]), by the dialect."""
+    """x [..., K] -> (integers or e4m3 [..., K], fp32 scales [..., 1] or [..., blocks]), by the dialect's ops.
+
+    `multiplier` and `rotation` are those of ops/rotate.py, `scale` [] is calibration's where the scheme has static ranges.
+    """
     if scheme.floating:
         return QUANTIZE_FP8_PER_TOKEN.overload(x)
+    if scale is not None:
+        if rotation > 1 or multiplier is not None:
+            x = ROTATE.overload(x, multiplier, rotation)
+        return QUANTIZE_STATIC.overload(x, scale, scheme.input_bits)
     if rotation > 1 or multiplier is not None:
         return ROTATE_QUANTIZE.overload(x, multiplier, rotation, scheme.input_bits, scheme.block or 0)
     if scheme.block is not None:
         return QUANTIZE_PER_BLOCK.overload(x, scheme.input_bits, scheme.block)
     return QUANTIZE_PER_TOKEN.overload(x, scheme.input_bits)
+
+
+def linear_in_scheme(
+    scheme: QuantScheme,
+    x_q: Tensor,
+    x_scale: Tensor,
+    stored: Stored,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The linear of a scheme over what `quantize_input` and `quantize_weight` made -> [..., N], by the dialect's ops."""
+    weight, scale, *zero = stored
+    four = scheme.block is not None and scheme.input_bits == 4
+    x = PACK_INT4.overload(x_q) if four else x_q
+    dtype = torch.float32 if zero else out_dtype
+    depth = (x_q.shape[-1],) if four else ()
+    y = linear_of(scheme).overload(x, x_scale, weight, scale, bias, dtype, *depth)
+    return ADD_ZERO_POINT.overload(y, x_q, x_scale, scale, zero[0], out_dtype) if zero else y
 
 
 def dequantize_weight(stored: Stored, depth: int, form: WeightForm, dtype: torch.dtype) -> Tensor:

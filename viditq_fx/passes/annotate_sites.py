@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from viditq_fx import ops
 from viditq_fx.graph_edit import example
 from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8, why_no_fp8
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
@@ -18,8 +20,9 @@ from viditq_fx.passes.effects import op_name, write_roots
 from viditq_fx.passes.opaque import why_opaque
 from viditq_fx.passes.policy import keeps, reason_to_keep
 from viditq_fx.passes.roles import find_roles, linear_input
+from viditq_fx.passes.site_plan import site_plan
 from viditq_fx.report import SiteReport
-from viditq_fx.scheme import GROUP
+from viditq_fx.scheme import GROUP, QuantScheme
 from viditq_fx.site import Site, fqn_of_source
 
 SITE_KEY = "viditq_site"
@@ -76,11 +79,46 @@ def move_site(old: fx.Node, new: fx.Node, ctx: PassContext) -> None:
 
 
 def scheme_of_linear(node: fx.Node) -> str:
-    """Name of the scheme of a linear of the dialect: its op's, and groups where its weight has a scale for each."""
+    """Name of the scheme of a linear of the dialect, as far as its op, what quantizes its input and its scales tell.
+
+    6-bit weights are int8 here, and a refined grid is a grid: they are called w8 and -asym.
+    """
     if node.target is LINEAR_W8A8_FP8.overload:
         return "fp8"
-    grouped = example(node.args[3]).dim() == 2  # type: ignore[arg-type]
-    return op_name(node).removeprefix("linear_") + (f"-g{GROUP}" if grouped else "")
+    quantize, bits = _input_quantize(node), _BITS[op_name(node)]
+    rotates = False
+    if quantize is not None:
+        rotates = quantize.target is ops.ROTATE_QUANTIZE.overload and quantize.args[2] != 1
+        bits = int(quantize.args[_BITS_AT[quantize.target]])  # type: ignore[call-overload]
+    return str(
+        QuantScheme(
+            weight_bits=4 if op_name(node).startswith("linear_w4") else 8,
+            input_bits=bits,
+            group=GROUP if example(node.args[3]).dim() == 2 else None,  # type: ignore[arg-type]
+            grid="minmax" if any(u.target is ops.ADD_ZERO_POINT.overload for u in node.users) else None,
+            rotate=rotates,
+            block=GROUP if node.target in _BLOCKS else None,
+        )
+    )
+
+
+_BITS = {"linear_w8a8": 8, "linear_w8a7": 7, "linear_w4a8": 8, "linear_w4a8_block": 8, "linear_w4a4": 4}
+_BITS_AT = {
+    ops.QUANTIZE_PER_TOKEN.overload: 1,
+    ops.QUANTIZE_PER_BLOCK.overload: 1,
+    ops.ROTATE_QUANTIZE.overload: 3,
+}
+"""Op that quantizes an input -> which of its arguments is the width."""
+_BLOCKS = (ops.LINEAR_W4A8_BLOCK.overload, ops.LINEAR_W4A4.overload)
+
+
+def _input_quantize(node: fx.Node) -> fx.Node | None:
+    """The op of the dialect that makes the integers that a linear reads; None where it is out of sight."""
+    value = node.args[0]
+    if isinstance(value, fx.Node) and value.target is ops.PACK_INT4.overload:
+        value = value.args[0]
+    pair = value.args[0] if isinstance(value, fx.Node) and value.target is operator.getitem else None
+    return pair if isinstance(pair, fx.Node) and pair.target in _BITS_AT else None
 
 
 def hint(size: Any) -> int | None:
@@ -100,11 +138,20 @@ def _describe(node: fx.Node, role: str) -> SiteReport:
         fqn=fqn_of_node(node),
         role=role,
         rows=str(math.prod(row_sizes(node))),
-        depth=int(example(node.args[0]).shape[-1] if op_name(node).startswith("linear_w") else shape[1]),  # type: ignore[arg-type]
+        depth=_depth(node, shape),
         width=int(shape[0]),
         weight=source_name(weight_parameter(weight) or weight) if weight is not None else None,
         bytes_full=value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0,
     )
+
+
+def _depth(node: fx.Node, weight_shape: tuple[int, ...]) -> int:
+    """K: packed weights are narrower than their rows are long."""
+    if not op_name(node).startswith("linear_w"):
+        return int(weight_shape[1])
+    if node.target is ops.LINEAR_W4A4.overload:
+        return int(node.args[6])  # type: ignore[call-overload]
+    return int(example(node.args[0]).shape[-1])  # type: ignore[arg-type]
 
 
 def _weight_node(node: fx.Node) -> fx.Node | None:
@@ -118,21 +165,34 @@ def _plan(
 ) -> Match | Reject:
     if op_name(node).startswith("linear_w"):
         entry.planned = entry.done = scheme_of_linear(node)
-        entry.bytes_packed = sum(t.numel() * t.element_size() for t in map(example, node.args[2:4]))  # type: ignore[arg-type]
+        zeros = [user.args[4] for user in node.users if user.target is ops.ADD_ZERO_POINT.overload]
+        stored = map(example, (*node.args[2:4], *zeros))  # type: ignore[arg-type]
+        entry.bytes_packed = sum(t.numel() * t.element_size() for t in stored)
         entry.bytes_full = 0
         return Match(site=site, detail="already an integer linear")
     hints = [hint(size) for size in row_sizes(node)]
     rows = None if None in hints else math.prod(h for h in hints if h is not None)
-    reason = reason_to_keep(entry, rows, ctx.keep)
+    scheme, reason = _wanted(entry, rows, ctx)
     if reason is None:
-        entry.planned = str(ctx.scheme)
+        entry.planned = str(scheme)
         reason = _why_impossible(node, written)
-        if reason is None and ctx.scheme.floating:
+        if reason is None and scheme.floating:
             reason = why_no_fp8(example(node).device)
     if reason is not None:
         entry.reason = reason
         return Reject(site=site, reason=reason)
     return Match(site=site, detail=entry.role)
+
+
+def _wanted(entry: SiteReport, rows: int | None, ctx: PassContext) -> tuple[QuantScheme, str | None]:
+    """(the scheme of a site, None), or why it is kept: the user's patterns first, then the recipe, then the policy."""
+    plan = site_plan(entry.fqn, ctx)
+    kept = next((pattern for pattern in ctx.keep if keeps(pattern, entry)), None)
+    if plan is None or kept is not None:
+        return ctx.scheme, reason_to_keep(entry, rows, ctx.keep)
+    if plan.scheme is None:
+        return ctx.scheme, f"kept by the recipe: {plan.reason or 'no reason given'}"
+    return plan.scheme, None
 
 
 def _why_impossible(node: fx.Node, written: set[fx.Node]) -> str | None:

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
+from viditq_fx.recipe import Recipe
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme, WeightForm
 from viditq_fx.site import Site
@@ -37,6 +38,8 @@ class PassContext:
     keep: tuple[str, ...] = ()
     attention: str = "auto"
     """"auto", "int8" or "keep", as in CompileOptions."""
+    recipe: Recipe | None = None
+    """What calibration decided; `scheme` is its scheme then."""
     report: CompileReport = field(default_factory=lambda: CompileReport(scheme="", device=""))
     sites: dict[str, SiteReport] = field(default_factory=dict)
     """Node name of each annotated site -> its report."""
@@ -46,21 +49,31 @@ class PassContext:
     """Packed weights that the graph now takes as inputs, in order of its placeholders."""
     bias_slots: list[BiasSlot] = field(default_factory=list)
     """Joined biases that the graph takes as inputs, after the weights."""
+    constant_slots: list[ConstantSlot] = field(default_factory=list)
+    """Vectors of the recipe that the graph takes as inputs, before the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSlot:
-    """Two placeholders (integers, scales) that stand for a full-precision weight, or for several joined."""
+    """Placeholders (integers, scales, zero points) that stand for a full-precision weight, or for several joined."""
 
     sources: tuple[str, ...]
     """Names of the placeholders of the full-precision weights in the graph that Dynamo made."""
     quantized: str
     """Name of the placeholder of the stored weight."""
     scale: str
-    """Name of the placeholder of the fp32 scales."""
+    """Name of the placeholder of the fp32 scales; that of the zero points follows it where the form has a grid."""
     form: WeightForm
     frees_source: tuple[bool, ...]
     """For each source: no other node of this graph reads the full-precision weight."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConstantSlot:
+    """A placeholder that stands for a vector which is the same at every call."""
+
+    name: str
+    value: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

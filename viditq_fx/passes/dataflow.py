@@ -28,8 +28,8 @@ _METADATA_ONLY = frozenset(
 _ORDER_KEEPING = frozenset({"view", "reshape", "flatten", "squeeze"})
 _VALUES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 """Attributes of a tensor that hold its values; the others tell its shape, dtype or device."""
-FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
-"""Ops that take values from their first argument, and at most a shape or type from the second."""
+FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to", "add_zero_point"})
+"""Ops that take values from their first argument, and at most a shape, a type or a correction from the others."""
 
 
 class Taint(Flag):

@@ -24,11 +24,17 @@ from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.dataflow import is_parameter, weight_parameter
 from viditq_fx.passes.effects import write_roots
-from viditq_fx.passes.fuse_linear import insert_pack
-from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT, SCHEME_KEY, insert_weight_quantize
+from viditq_fx.passes.fuse_linear import insert_linear, insert_pack
+from viditq_fx.passes.insert_qdq import (
+    QUANTIZE_WEIGHT,
+    SCHEME_KEY,
+    TRANSFORM_KEY,
+    insert_weight_quantize,
+    quantized_weight,
+)
 from viditq_fx.passes.layouts import wants_memory_of_its_own
 
-_LINEARS = frozenset(op.overload for op in ops.LINEARS.values())
+_LINEARS = frozenset(op.overload for op in ops.LINEARS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ def _by_attention(group: list[fx.Node], ctx: PassContext) -> list[list[fx.Node]]
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
     """What has to be the same for two linears to be joined."""
-    x, scale, _, _, bias, dtype = node.args
+    x, scale, _, _, bias, *_ = node.args
     parameter = _parameter_of(node)
     assert parameter is not None
     weight = example(parameter)
@@ -86,9 +92,10 @@ def _key(node: fx.Node) -> tuple[Any, ...]:
     return (
         node.target,
         str(node.meta[SCHEME_KEY]),
+        node.meta[TRANSFORM_KEY],
         x,
         scale,
-        str(dtype),
+        str(example(_result_of(node)).dtype),
         weight.dtype,
         weight.device,
         bias_dtype,
@@ -100,8 +107,13 @@ def _parameter_of(node: fx.Node) -> fx.Node | None:
     pair, bias = _pair_of(node), node.args[4]
     if pair is None or (isinstance(bias, fx.Node) and not is_parameter(bias)):
         return None
-    weight = pair.args[0]
-    return weight_parameter(weight) if isinstance(weight, fx.Node) else None
+    return weight_parameter(quantized_weight(pair))
+
+
+def _result_of(node: fx.Node) -> fx.Node:
+    """The node that holds a linear's result: what takes the zero points off, where the weight has them."""
+    corrected = [user for user in node.users if user.target is ops.ADD_ZERO_POINT.overload]
+    return corrected[0] if corrected else node
 
 
 def _pair_of(node: fx.Node) -> fx.Node | None:
@@ -116,8 +128,11 @@ def _pair_of(node: fx.Node) -> fx.Node | None:
 
 def _join(graph: fx.Graph, members: list[fx.Node], ctx: PassContext) -> list[Match | Reject]:
     first = members[0]
-    x, x_scale, _, _, bias, dtype = first.args
+    packed, x_scale, _, _, bias, *_ = first.args
     scheme = first.meta[SCHEME_KEY]
+    like = _result_of(first)
+    # What the zero points are taken off with is the input before it is packed.
+    x = like.args[1] if like is not first else packed
     parameters = [parameter for parameter in map(_parameter_of, members) if parameter is not None]
     biases = [member.args[4] for member in members]
     with graph.inserting_before(first):
@@ -125,16 +140,15 @@ def _join(graph: fx.Graph, members: list[fx.Node], ctx: PassContext) -> list[Mat
             w if example(w).dim() == 2 else call(graph, torch.flatten, (w, 1), first) for w in parameters
         ]
         joined = call(graph, torch.cat, (weights, 0), first)
-        pair = insert_weight_quantize(graph, joined, scheme, first)
+        pair = insert_weight_quantize(graph, joined, scheme, first.meta[TRANSFORM_KEY], first, ctx)
         wide_bias = None if bias is None else call(graph, torch.cat, (biases, 0), first)
-        integers, scales = (getitem(graph, pair, index, first) for index in (0, 1))
+        integers, *vectors = (getitem(graph, pair, index, first) for index in range(len(example(pair))))
         integers.meta[SITE_KEY] = first.meta[SITE_KEY]
         stored = insert_pack(graph, integers, scheme, first)
-        operands = (x, x_scale, stored, scales, wide_bias, dtype)
-        wide = call(graph, first.target, operands, first)
+        wide, whole = insert_linear(graph, packed, (x, x_scale), (stored, *vectors), wide_bias, like)
         widths = [int(example(weight).shape[0]) for weight in weights]
-        parts = call(graph, torch.functional.split, (wide, widths, -1), first)
-    for node in (joined, pair, integers, stored, scales, wide_bias, wide, parts):
+        parts = call(graph, torch.functional.split, (whole, widths, -1), first)
+    for node in (joined, pair, integers, stored, *vectors, wide_bias, wide, whole, parts):
         if node is not None:
             node.meta[SITE_KEY], node.meta[SCHEME_KEY], node.meta[WIDE_KEY] = (
                 first.meta[SITE_KEY],
@@ -154,20 +168,22 @@ def _take_part(
     part.meta[SITE_KEY] = member.meta[SITE_KEY]
     pair = _pair_of(member)
     assert pair is not None
-    stored, whole = member.args[2], part
-    if wants_memory_of_its_own(member, example(part)):
+    stored, whole, result = member.args[2], part, _result_of(member)
+    if wants_memory_of_its_own(result, example(part)):
         with graph.inserting_after(part):
             whole = call(graph, torch.clone, (part,), member, memory_format=torch.contiguous_format)
-    member.replace_all_uses_with(whole)
+    result.replace_all_uses_with(whole)
+    if result is not member:
+        graph.erase_node(result)
     entry = ctx.sites.pop(member.name)
     entry.joined = wide[1]
     entry.bytes_packed = member.meta[SCHEME_KEY].weight_form.nbytes(entry.width, entry.depth)
     ctx.sites[part.name], ctx.computed_by[part.name] = entry, wide
     graph.erase_node(member)
-    matrix = pair.args[0]
-    assert isinstance(matrix, fx.Node)
+    value, matrix = pair.args[0], quantized_weight(pair)
+    assert isinstance(value, fx.Node)
     packs = [stored] if isinstance(stored, fx.Node) and stored.target is ops.PACK_INT4.overload else []
-    for node in [*packs, *pair.users, pair]:
+    for node in [*packs, *pair.users, pair, *([value] if value is not matrix else [])]:
         if not node.users:
             graph.erase_node(node)
     if not matrix.users and matrix.op != "placeholder":  # a convolution's weight, flattened

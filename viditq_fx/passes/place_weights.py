@@ -2,6 +2,8 @@
 
     quantize_per_channel(w) with a parameter w             -> two new placeholders (int8 [N, K], fp32 [N])
     pack_int4(quantize_per_channel(w)), or per group       -> (uint8 [N, H], fp32 [N] or [G, N])
+    quantize_weight_grid(w)                                -> these and the zero points
+    any of them over transform_weight(w, m)                -> the same; the form says what is done when w is packed
 
 Inputs and never constants: regional compilation runs one compiled block with the weights of many.
 One parameter gives one pair, however many linears read it.
@@ -23,11 +25,9 @@ from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
 from viditq_fx.passes.base import BiasSlot, Match, Pass, PassContext, Reject, WeightSlot
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import op_name
-from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT
+from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT, TRANSFORM_KEY, quantized_weight
+from viditq_fx.passes.site_plan import SLOT_KEY
 from viditq_fx.scheme import WeightForm
-
-SLOT_KEY = "viditq_slot"
-"""Key of a placeholder's meta: this input holds a packed weight or its scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +39,31 @@ class PlaceWeights(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
-        slots: dict[tuple[tuple[str, ...], WeightForm], tuple[fx.Node, fx.Node]] = {}
+        slots: dict[tuple[tuple[str, ...], WeightForm], list[fx.Node]] = {}
         for node in list(gm.graph.nodes):
             if node.target not in QUANTIZE_WEIGHT:
                 continue
-            weight, packs = node.args[0], _packs(node)
-            assert isinstance(weight, fx.Node)
+            value, weight, packs = node.args[0], quantized_weight(node), _packs(node)
+            assert isinstance(value, fx.Node)
             form = _form(node, nibbles=bool(packs))
             key = (tuple(source.name for source in _sources(weight)), form)
             if key not in slots:
                 slots[key] = _new_inputs(gm.graph, _sources(weight)[0], node, packs)
-            quantized, scale = slots[key]
             for pack in packs:
-                pack.replace_all_uses_with(quantized)
+                pack.replace_all_uses_with(slots[key][0])
                 gm.graph.erase_node(pack)
             for user in list(node.users):
                 assert user.target is operator.getitem
-                user.replace_all_uses_with(quantized if user.args[1] == 0 else scale)
+                user.replace_all_uses_with(slots[key][user.args[1]])  # type: ignore[index]
                 gm.graph.erase_node(user)
-            results.append(Match(site=node.meta[SITE_KEY], detail=quantized.name))
+            results.append(Match(site=node.meta[SITE_KEY], detail=slots[key][0].name))
             gm.graph.erase_node(node)
+            if value is not weight and not value.users:
+                gm.graph.erase_node(value)
             _erase_idle(gm.graph, weight)
         _place_biases(gm.graph, ctx)
         placeholders = {n.name: n for n in gm.graph.nodes if n.op == "placeholder"}
-        for (names, form), (quantized, scale) in slots.items():
+        for (names, form), (quantized, scale, *_) in slots.items():
             frees = tuple(not placeholders[name].users for name in names)
             slot = WeightSlot(
                 sources=names, quantized=quantized.name, scale=scale.name, form=form, frees_source=frees
@@ -79,7 +80,15 @@ def _form(pair: fx.Node, nibbles: bool) -> WeightForm:
     if pair.target is ops.QUANTIZE_FP8_PER_CHANNEL.overload:
         return WeightForm(floating=True)
     _, bits, *group = pair.args
-    return WeightForm(bits=int(bits), group=int(group[0]) if group else None, nibbles=nibbles)  # type: ignore[call-overload]
+    transform = pair.meta[TRANSFORM_KEY]
+    return WeightForm(
+        bits=int(bits),  # type: ignore[call-overload]
+        group=(int(group[0]) or None) if group else None,  # type: ignore[call-overload]
+        nibbles=nibbles,
+        grid=str(group[1]) if len(group) > 1 else None,
+        rotation=transform.rotation,
+        multiplier=transform.multiplier,
+    )
 
 
 def _packs(pair: fx.Node) -> list[fx.Node]:
@@ -124,14 +133,13 @@ def _place_biases(graph: fx.Graph, ctx: PassContext) -> None:
 
 def _new_inputs(
     graph: fx.Graph, weight: fx.Node, like: fx.Node, packs: Sequence[fx.Node]
-) -> tuple[fx.Node, fx.Node]:
+) -> list[fx.Node]:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    integers, scales = example(like)
+    integers, *vectors = example(like)
     kind = "int4" if packs else "fp8" if integers.is_floating_point() else "int8"
-    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in (kind, "scale")]
-    values = [example(packs[0]) if packs else integers, scales]
-    quantized, scale = _placeholders(graph, last, names, values, like)
-    return quantized, scale
+    suffixes = (kind, "scale", "zero")[: 1 + len(vectors)]
+    names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in suffixes]
+    return _placeholders(graph, last, names, [example(packs[0]) if packs else integers, *vectors], like)
 
 
 def _placeholders(
@@ -158,5 +166,6 @@ def _fill_bytes(gm: fx.GraphModule, ctx: PassContext) -> None:
     for node in gm.graph.nodes:
         entry = ctx.sites.get(node.name)
         if entry is not None and entry.done is not None and op_name(node).startswith("linear_w"):
-            tensors = [example(a) for a in node.args[2:4] if isinstance(a, fx.Node)]
+            zeros = [u.args[4] for u in node.users if u.target is ops.ADD_ZERO_POINT.overload]
+            tensors = [example(a) for a in (*node.args[2:4], *zeros) if isinstance(a, fx.Node)]
             entry.bytes_packed = sum(t.numel() * t.element_size() for t in tensors)

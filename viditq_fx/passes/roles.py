@@ -50,7 +50,7 @@ _SCALES = frozenset(
 )
 _OPERAND_KEYS = ("query", "key", "value")
 
-_LINEARS = frozenset(op.overload for op in LINEARS.values())
+_LINEARS = frozenset(op.overload for op in LINEARS)
 
 _Edges = Callable[[fx.Node], tuple[fx.Node, ...]]
 

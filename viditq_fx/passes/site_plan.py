@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from viditq_fx import ops
 from viditq_fx.errors import RecipeError
-from viditq_fx.graph_edit import call, example, fake_mode_of
+from viditq_fx.graph_edit import call, example
 from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.ops.weight_forms import Multiplier
 from viditq_fx.passes.base import ConstantSlot, PassContext
 from viditq_fx.passes.dataflow import source_name
 from viditq_fx.recipe import SitePlan
 from viditq_fx.scheme import QuantScheme
-from viditq_fx.site import fqn_of_source
 
 SLOT_KEY = "viditq_slot"
 """Key of a placeholder's meta: this input holds a packed weight or a part of it, or a vector of the recipe."""
@@ -72,7 +70,7 @@ def constant_input(graph: fx.Graph, values: Tensor, key: object, name: str, like
     with torch.inference_mode(False), torch.no_grad():
         held = values.detach().to(device, torch.float32).contiguous()
     node.meta = {
-        "example_value": fake_mode_of_node(like).from_tensor(held, static_shapes=True),
+        "example_value": example(like).fake_mode.from_tensor(held, static_shapes=True),
         "tensor_dict": {"_dynamo_static_input_type": "unguarded"},
         SLOT_KEY: node.name,
         CONSTANT_KEY: key,
@@ -80,11 +78,6 @@ def constant_input(graph: fx.Graph, values: Tensor, key: object, name: str, like
     node._dynamo_source = None  # type: ignore[attr-defined]
     ctx.constant_slots.append(ConstantSlot(name=node.name, value=held))
     return node
-
-
-def fake_mode_of_node(node: fx.Node):  # noqa: ANN201 (torch's own class)
-    """The fake mode of a node's own value."""
-    return example(node).fake_mode
 
 
 def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node, ctx: PassContext) -> fx.Node:
@@ -121,8 +114,7 @@ def _bucket(graph: fx.Graph, fqn: str, linear: fx.Node, ctx: PassContext) -> fx.
     assert ctx.recipe is not None
     name = ctx.recipe.timestep
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    timestep = next((n for n in placeholders if name and fqn_of_source(source_name(n)) == name), None)
-    timestep = timestep or next((n for n in placeholders if name and source_name(n) == f"L[{name!r}]"), None)
+    timestep = next((n for n in placeholders if name and source_name(n).endswith(f"[{name!r}]")), None)
     if timestep is None or not isinstance(example(timestep), torch.Tensor):
         raise RecipeError(
             f"{fqn}: scheme with input ranges by timestep, but this graph has no tensor argument {name!r}: compile the "
@@ -132,19 +124,13 @@ def _bucket(graph: fx.Graph, fqn: str, linear: fx.Node, ctx: PassContext) -> fx.
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     held = constant_input(graph, edges, "edges", "timestep_edges", timestep, ctx)
     with graph.inserting_before(first):
+        # As timestep.bucket_of, in nodes that compilers' caches know.
         largest = call(graph, torch.amax, (timestep,), linear)
         as_float = call(graph, torch.Tensor.to, (largest, torch.float32), linear)
         index = call(graph, torch.bucketize, (as_float, held), linear, right=True)
         bucket = call(graph, torch.Tensor.reshape, (index, (1,)), linear)
     bucket.meta[CONSTANT_KEY] = "bucket"
     return bucket
-
-
-def insert_transform(graph: fx.Graph, weight: fx.Node, transform: Transform, like: fx.Node, ctx: PassContext) -> fx.Node:
-    """Insert the transform of a weight [N, K] at the insertion point; the weight itself where there is none."""
-    if not transform:
-        return weight
-    return call(graph, ops.TRANSFORM_WEIGHT.overload, (weight, multiplier_input(graph, transform, weight, ctx), transform.rotation), like)
 
 
 def multiplier_input(graph: fx.Graph, transform: Transform, like: fx.Node, ctx: PassContext) -> fx.Node | None:

@@ -14,17 +14,21 @@ from viditq_fx.ops.fp8 import E4M3
 from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.effects import op_name
 from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT, SCHEME_KEY
-from viditq_fx.passes.place_weights import SLOT_KEY
+from viditq_fx.passes.site_plan import SLOT_KEY
+from viditq_fx.scheme import GROUP
 
 _QUANTIZE = (
     ops.QUANTIZE_PER_TOKEN.overload,
     ops.QUANTIZE_FP8_PER_TOKEN.overload,
+    ops.ROTATE_QUANTIZE.overload,
+    ops.QUANTIZE_PER_BLOCK.overload,
+    ops.QUANTIZE_STATIC.overload,
     *QUANTIZE_WEIGHT,
     ops.NORM_MODULATE_QUANTIZE.overload,
     ops.ACTIVATION_QUANTIZE.overload,
 )
 """Ops that return (integers, scales)."""
-_LINEARS = frozenset(op.overload for op in ops.LINEARS.values())
+_LINEARS = frozenset(op.overload for op in ops.LINEARS)
 
 
 def verify(gm: fx.GraphModule, ctx: PassContext, after: str) -> None:
@@ -70,9 +74,12 @@ def _problem(node: fx.Node) -> str | None:
 
 def _linear_problem(node: fx.Node) -> str | None:
     x, x_scale, w, w_scale = (example(arg) for arg in node.args[:4])  # type: ignore[arg-type]
-    nibbles = node.target is ops.LINEAR_W4A8.overload
+    blocks = node.target in (ops.LINEAR_W4A8_BLOCK.overload, ops.LINEAR_W4A4.overload)
+    nibbles = blocks or node.target is ops.LINEAR_W4A8.overload
     wanted = {
         ops.LINEAR_W4A8.overload: (torch.int8, torch.uint8),
+        ops.LINEAR_W4A8_BLOCK.overload: (torch.int8, torch.uint8),
+        ops.LINEAR_W4A4.overload: (torch.uint8, torch.uint8),
         ops.LINEAR_W8A8_FP8.overload: (E4M3, E4M3),
     }
     if (x.dtype, w.dtype) != wanted.get(node.target, (torch.int8, torch.int8)):
@@ -80,6 +87,9 @@ def _linear_problem(node: fx.Node) -> str | None:
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         return "scales are fp32"
     ranks = (1, 2) if nibbles else (1,)
-    if w_scale.shape[-1] != w.shape[0] or w_scale.dim() not in ranks or x_scale.shape[-1] != 1:
+    scales = 1
+    if blocks:
+        scales = -(-(node.args[6] if x.dtype == torch.uint8 else x.shape[-1]) // GROUP)  # type: ignore[operator]
+    if w_scale.shape[-1] != w.shape[0] or w_scale.dim() not in ranks or x_scale.shape[-1] != scales:
         return f"scale shapes {tuple(x_scale.shape)}, {tuple(w_scale.shape)} match neither token nor channel"
     return None
