@@ -37,7 +37,7 @@ def quantize_(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    scheme: str | QuantScheme = "w8a8",
+    scheme: str | QuantScheme | None = None,
     keep: str | Sequence[str] = (),
     strict: bool = False,
     recipe: Recipe | str | PathLike[str] | None = None,
@@ -46,14 +46,15 @@ def quantize_(
 
     `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
-    precision. A `recipe` (of `calibrate`, or the directory of a saved one) brings schemes, balance and rotation by
+    precision; `scheme` is "w8a8" unless given. A `recipe` (of `calibrate`, or the directory of a saved one) brings schemes, balance and rotation by
     site, and its own scheme and keep. The model then runs eagerly and compiled, moves, copies and saves in int8.
 
     Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
     Raises SchemeError, OptionError or RecipeError for wrong arguments, ViditqError without an example call,
     StrictError for a refused or unseen linear under `strict=True`; in each case the model is as it was.
     """
-    options, _ = split_options({"scheme": scheme, "keep": keep, "strict": strict, "recipe": recipe})
+    asked = {"keep": keep, "strict": strict, "recipe": recipe}
+    options, _ = split_options(asked if scheme is None else asked | {"scheme": scheme})
     if not isinstance(model, nn.Module):
         raise ViditqError(f"quantize_: expected a torch.nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)
