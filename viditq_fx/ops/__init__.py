@@ -5,6 +5,7 @@ from viditq_fx.ops.attention import ATTENTION_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.cat import CAT_INT8
 from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_CHANNEL, QUANTIZE_FP8_PER_TOKEN
+from viditq_fx.ops.grid import DEQUANTIZE_WEIGHT_GRID, QUANTIZE_WEIGHT_GRID
 from viditq_fx.ops.int4 import MATMUL_S8S4
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
@@ -35,6 +36,7 @@ __all__ = [
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_GROUP",
     "DEQUANTIZE_PER_TOKEN",
+    "DEQUANTIZE_WEIGHT_GRID",
     "LINEARS",
     "LINEAR_EPILOGUE",
     "LINEAR_S8S8",
@@ -54,6 +56,7 @@ __all__ = [
     "QUANTIZE_PER_CHANNEL",
     "QUANTIZE_PER_GROUP",
     "QUANTIZE_PER_TOKEN",
+    "QUANTIZE_WEIGHT_GRID",
     "READ_INT8",
     "ROTATE",
     "ROTATE_QUANTIZE",
