@@ -14,7 +14,7 @@ import viditq_fx as vq
 from tests.small_models import relative_error
 from viditq_fx.errors import ReleasedWeightError, StrictError, ViditqError, WeightError
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
-from viditq_fx.quant_linear import QuantPointwiseConv
+from viditq_fx.quant_conv import QuantPointwiseConv
 from viditq_fx.runtime import executions
 from viditq_fx.scheme import QuantScheme
 

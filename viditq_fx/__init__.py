@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from viditq_fx.errors import (
         OptionError,
+        RecipeError,
         ReleasedWeightError,
         SchemeError,
         StrictError,
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
     )
     from viditq_fx.inspection import ExplainReport, explain
     from viditq_fx.ops.packed_weights import repack
-    from viditq_fx.quant_linear import QuantLinear, QuantPointwiseConv
+    from viditq_fx.quant_conv import QuantPointwiseConv
+    from viditq_fx.quant_linear import QuantLinear
     from viditq_fx.quantize import quantize_
+    from viditq_fx.recipe import Recipe, SitePlan
     from viditq_fx.scheme import QuantScheme, available_schemes
+    from viditq_fx.switching import generation
+    from viditq_fx.switching_graph import forced_bits, reset, step_records, switch_bits
 
 __version__ = "0.1.0"
 
@@ -25,7 +30,7 @@ _HOMES = {
     "ExplainReport": "viditq_fx.inspection",
     "OptionError": "viditq_fx.errors",
     "QuantLinear": "viditq_fx.quant_linear",
-    "QuantPointwiseConv": "viditq_fx.quant_linear",
+    "QuantPointwiseConv": "viditq_fx.quant_conv",
     "QuantScheme": "viditq_fx.scheme",
     "ReleasedWeightError": "viditq_fx.errors",
     "SchemeError": "viditq_fx.errors",
@@ -36,6 +41,14 @@ _HOMES = {
     "explain": "viditq_fx.inspection",
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
+    "Recipe": "viditq_fx.recipe",
+    "RecipeError": "viditq_fx.errors",
+    "SitePlan": "viditq_fx.recipe",
+    "forced_bits": "viditq_fx.switching_graph",
+    "generation": "viditq_fx.switching",
+    "reset": "viditq_fx.switching_graph",
+    "step_records": "viditq_fx.switching_graph",
+    "switch_bits": "viditq_fx.switching_graph",
 }
 __all__ = [
     "ExplainReport",
@@ -43,16 +56,24 @@ __all__ = [
     "QuantLinear",
     "QuantPointwiseConv",
     "QuantScheme",
+    "Recipe",
+    "RecipeError",
     "ReleasedWeightError",
     "SchemeError",
+    "SitePlan",
     "StrictError",
     "ViditqError",
     "WeightError",
     "__version__",
     "available_schemes",
     "explain",
+    "forced_bits",
+    "generation",
     "quantize_",
     "repack",
+    "reset",
+    "step_records",
+    "switch_bits",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,53 @@ def viditq_backend(
             report=report,
             options=ours,
         )
+    if ours.low_scheme is not None:
+        return _compile_pair(gm, example_inputs, ours, (mode, options), report)
     return _compile_quantized(gm, example_inputs, ours, inductor, report)
+
+
+def _compile_pair(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    ours: CompileOptions,
+    asked: tuple[str | None, Mapping[str, Any] | None],
+    report: CompileReport,
+) -> Callable[..., Any]:
+    """Compile a graph in both schemes; each call then runs one (switching.py). The report is that of the high one."""
+    from viditq_fx.passes.dataflow import is_parameter
+    from viditq_fx.switching_graph import SwitchingGraph
+    from viditq_fx.timestep import TIMESTEP_NAMES
+
+    assert ours.low_scheme is not None
+    low = replace(ours, scheme=ours.low_scheme, low_scheme=None)
+    low_report = CompileReport(scheme=str(low.scheme), device=report.device)
+    runs = []
+    for options, told in ((low, low_report), (ours, report)):
+        _, inductor = read_options(
+            asked[1], asked[0]
+        )  # its own: compiling writes into the compiler's options
+        runs.append(_compile_quantized(gm, example_inputs, options, inductor, told))
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = _source_names(placeholders)
+    found = [
+        index
+        for wanted in TIMESTEP_NAMES
+        for index, name in enumerate(names)
+        if name.endswith(f"[{wanted!r}]") and isinstance(example_inputs[index], Tensor)
+    ]
+    if not found:
+        report.rejects.append(
+            f"no argument of this graph is called {', '.join(TIMESTEP_NAMES)}: it runs in {ours.scheme} unless "
+            "viditq_fx.switch_bits(model) decides for the whole model"
+        )
+    return SwitchingGraph(
+        low=runs[0],
+        high=runs[1],
+        rule=ours.rule,
+        timestep=found[0] if found else None,
+        weights=[index for index, node in enumerate(placeholders) if is_parameter(node)],
+        report=report,
+    )
 
 
 def _compile_quantized(

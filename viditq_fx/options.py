@@ -11,7 +11,8 @@ from typing import Any
 
 from viditq_fx.errors import OptionError
 from viditq_fx.recipe import Recipe
-from viditq_fx.scheme import QuantScheme
+from viditq_fx.scheme import SWITCHED, QuantScheme
+from viditq_fx.switching import SwitchRule
 
 WEIGHTS_MODES = ("keep", "release")
 ATTENTION_MODES = ("auto", "int8", "keep")
@@ -25,6 +26,10 @@ class CompileOptions:
     """Scheme of every site that the policy quantizes, by name: "w8a8", "w8a7", "w4a8", "w4a8-g128" or "fp8"."""
     recipe: Recipe | None = None
     """What calibration decided, as a Recipe or the directory of a saved one; it brings its scheme along."""
+    low_scheme: QuantScheme | None = None
+    """Scheme of the steps that run at low bits; `scheme` is that of the others. "dvd-w4a6" sets both."""
+    rule: SwitchRule = field(default_factory=SwitchRule)
+    """When a step runs at low bits: from options delta, high_first, high_last, steps and bits_schedule."""
     keep: tuple[str, ...] = ()
     """Sites to leave in full precision besides the policy's: globs over module paths, or roles."""
     strict: bool = False
@@ -46,8 +51,19 @@ class CompileOptions:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of our options."""
-        return tuple(f.name for f in fields(cls))
+        """Names of our options, as a user gives them."""
+        own = [f.name for f in fields(cls) if f.name != "rule"]
+        return (*own, *_RULE_OPTIONS)
+
+
+_RULE_OPTIONS = {
+    "delta": "delta",
+    "high_first": "high_first",
+    "high_last": "high_last",
+    "steps": "steps",
+    "bits_schedule": "schedule",
+}
+"""Option -> field of SwitchRule."""
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, dict[str, Any]]:
@@ -66,7 +82,8 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     ours = {key: value for key, value in options.items() if key in names}
     rest = {key: value for key, value in options.items() if key not in names}
     readers = {
-        "scheme": QuantScheme.parse,
+        "scheme": _scheme,
+        "low_scheme": QuantScheme.parse,
         "recipe": _recipe,
         "keep": _patterns,
         "extra_passes": partial(_listed, "extra_passes"),
@@ -81,11 +98,14 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
             raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
+    ours = _switching(ours)
     recipe = ours.get("recipe")
     if recipe is not None:
         scheme = ours.get("scheme", recipe.scheme)
         if scheme != recipe.scheme and "scheme" in options:
-            raise OptionError(f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone")
+            raise OptionError(
+                f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
+            )
         ours |= {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
     return CompileOptions(**ours), rest
 
@@ -99,6 +119,38 @@ def unknown_option(key: str, inductor_names: Iterable[str]) -> OptionError:
         f"unknown option {key!r}{hint} viditq's options are {', '.join(names)}; "
         "every option of torch.compile's inductor backend is accepted too"
     )
+
+
+def _scheme(value: Any) -> Any:
+    """A QuantScheme, or the name of a pair of them as it was given."""
+    name = value.strip().lower() if isinstance(value, str) else value
+    return name if isinstance(name, str) and name in SWITCHED else QuantScheme.parse(value)
+
+
+def _switching(ours: dict[str, Any]) -> dict[str, Any]:
+    """Take a switched pair of schemes and its rule out of the options. Raises OptionError."""
+    asked = {key: value for key, value in ours.items() if key in _RULE_OPTIONS}
+    ours = {key: value for key, value in ours.items() if key not in asked}
+    pair = SWITCHED.get(ours.get("scheme")) if isinstance(ours.get("scheme"), str) else None
+    if pair is not None:
+        ours |= {
+            "scheme": QuantScheme.parse(pair[1]),
+            "low_scheme": ours.get("low_scheme", QuantScheme.parse(pair[0])),
+        }
+    low, high = ours.get("low_scheme"), ours.get("scheme", QuantScheme.parse("w8a8"))
+    if low is None:
+        if asked:
+            raise OptionError(
+                f"options {sorted(asked)} are for a scheme that switches its bits: {sorted(SWITCHED)}"
+            )
+        return ours
+    if (low.weight_form, low.rotate) != (high.weight_form, high.rotate):
+        raise OptionError(
+            f"low_scheme={str(low)!r} and scheme={str(high)!r} share no weights: they may differ in the input alone"
+        )
+    if "bits_schedule" in asked:
+        asked["bits_schedule"] = _listed("bits_schedule", asked["bits_schedule"])
+    return ours | {"rule": SwitchRule(**{_RULE_OPTIONS[key]: value for key, value in asked.items()})}
 
 
 def _recipe(value: Any) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""Linear layers, and pointwise convolutions, that hold integer weights and nothing in full precision but a bias."""
+"""Linear layers that hold integer weights and nothing in full precision but a bias."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ _HOOKS = (
 _SAVED = ("weight", "weight_q", "weight_scale", "weight_zero", "input_multiplier", "input_scale", "rotation")
 
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-"""What QuantPointwiseConv may take the place of."""
 _Layer = TypeVar("_Layer", bound="QuantLinear")
-_IMAGE_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> SitePlan:
@@ -54,9 +51,13 @@ def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> Site
     if plan.scheme is None:
         raise RecipeError(f"{name}: the recipe keeps this layer in full precision")
     if plan.multiplier is not None and tuple(plan.multiplier.shape) != (depth,):
-        raise RecipeError(f"{name}: the recipe's multiplier is {tuple(plan.multiplier.shape)}, the layer has K={depth}")
+        raise RecipeError(
+            f"{name}: the recipe's multiplier is {tuple(plan.multiplier.shape)}, the layer has K={depth}"
+        )
     if depth % plan.rotation:
-        raise RecipeError(f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}")
+        raise RecipeError(
+            f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}"
+        )
     if plan.scheme.calibrated and plan.input_scale is None:
         raise RecipeError(
             f"{name}: scheme {str(plan.scheme)!r} takes its input's scale from calibration: pass a recipe of "
@@ -141,7 +142,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def _pack(
         cls: type[_Layer],
-        linear: nn.Linear | Convolution,
+        linear: Any,
         scheme: QuantScheme | SitePlan,
         name: str,
         packed: dict[int, Stored] | None,
@@ -339,7 +340,9 @@ class QuantLinear(nn.Module):
             return "weight: given beside weight_q or weight_scale; load one form of it"
         for name, value in found.items():
             if name not in wanted:
-                return f"{name}: this layer, in scheme {self.scheme}, has none; quantize it as the saved one was"
+                return (
+                    f"{name}: this layer, in scheme {self.scheme}, has none; quantize it as the saved one was"
+                )
             shape, dtype = wanted[name]
             if tuple(value.shape) != shape or (
                 value.dtype != dtype if dtype else not value.is_floating_point()
@@ -366,82 +369,3 @@ class QuantLinear(nn.Module):
                 f"{type(self).__name__}.{name} is read-only: load a state dict to change the weight"
             )
         super().__setattr__(name, value)
-
-
-class QuantPointwiseConv(QuantLinear):
-    """x [B, K, *S] -> [B, N, *S]: a convolution of kernel size 1 as the linear over channels that it is.
-
-    Like QuantLinear, but a full-precision `weight` is [N, K, 1, ...]. The result lies in memory as the
-    convolution's would: channels last where the input does, else row by row.
-    """
-
-    def __init__(
-        self,
-        stored: Stored,
-        bias: nn.Parameter | None,
-        plan: SitePlan,
-        weight_dtype: torch.dtype,
-        in_features: int,
-        space: int = 2,
-    ) -> None:
-        super().__init__(stored, bias, plan, weight_dtype, in_features)
-        # What code reads of a convolution over `space` dimensions.
-        self.out_channels, self.in_channels = self.out_features, self.in_features
-        self.kernel_size = self.stride = self.dilation = (1,) * space
-        self.padding, self.padding_mode, self.groups = (0,) * space, "zeros", 1
-
-    @classmethod
-    def from_conv(
-        cls,
-        conv: Convolution,
-        scheme: QuantScheme | SitePlan,
-        name: str = "conv",
-        packed: dict[int, Stored] | None = None,
-    ) -> QuantPointwiseConv:
-        """Pack a convolution; `packed` as in `QuantLinear.from_linear`.
-
-        Raises ViditqError for one that is no linear over channels, WeightError as `from_linear`.
-        """
-        reason = why_not_pointwise(conv)
-        if reason is not None:
-            raise ViditqError(f"{name}: {reason}")
-        return cls._pack(conv, scheme, name, packed, space=len(conv.kernel_size))
-
-    @property
-    def _weight_shape(self) -> tuple[int, ...]:
-        return self.out_features, self.in_features, *self.kernel_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, K, *S] (or [K, *S]) of a float dtype -> [B, N, *S], see QuantLinear.forward."""
-        channel = -1 - len(self.kernel_size)
-        y = super().forward(x.movedim(channel, -1).contiguous()).movedim(-1, channel)
-        form = _IMAGE_FORMATS.get(x.dim())
-        if form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous():
-            return y
-        return y.contiguous()
-
-
-def why_not_pointwise(conv: Convolution) -> str | None:
-    """Why a convolution is no linear over channels; None if it is."""
-    if set(conv.kernel_size) != {1} or conv.groups != 1:
-        return f"a convolution of kernel {conv.kernel_size} with {conv.groups} groups: only pointwise ones are linears"
-    if set(conv.stride) != {1} or not (isinstance(conv.padding, str) or set(conv.padding) == {0}):
-        return f"a pointwise convolution of stride {conv.stride} and padding {conv.padding}: no linear over channels"
-    return None
-
-
-def is_linear_layer(module: nn.Module) -> bool:
-    """Whether a module in full precision is a linear: nn.Linear, or a pointwise convolution."""
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, Convolution) and why_not_pointwise(module) is None
-    )
-
-
-def quantized_layer(
-    module: nn.Module, scheme: QuantScheme | SitePlan, name: str, packed: dict[int, Stored]
-) -> QuantLinear:
-    """The int8 layer that takes a linear layer's place; see `QuantLinear.from_linear`."""
-    if isinstance(module, Convolution):
-        return QuantPointwiseConv.from_conv(module, scheme, name, packed)
-    assert isinstance(module, nn.Linear)
-    return QuantLinear.from_linear(module, scheme, name, packed)

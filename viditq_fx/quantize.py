@@ -18,13 +18,8 @@ from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.policy import keeps
-from viditq_fx.quant_linear import (
-    Convolution,
-    QuantLinear,
-    is_linear_layer,
-    quantized_layer,
-    why_not_pointwise,
-)
+from viditq_fx.quant_conv import Convolution, is_linear_layer, quantized_layer, why_not_pointwise
+from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import Recipe
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme
@@ -46,8 +41,9 @@ def quantize_(
 
     `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
-    precision; `scheme` is "w8a8" unless given. A `recipe` (of `calibrate`, or the directory of a saved one) brings schemes, balance and rotation by
-    site, and its own scheme and keep. The model then runs eagerly and compiled, moves, copies and saves in int8.
+    precision; `scheme` is "w8a8" unless given. A `recipe` (of `calibrate`, or the directory of a saved one)
+    brings schemes, balance and rotation by site, and its own scheme and keep. The model then runs eagerly and
+    compiled, moves, copies and saves in int8.
 
     Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
     Raises SchemeError, OptionError or RecipeError for wrong arguments, ViditqError without an example call,

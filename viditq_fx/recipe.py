@@ -15,7 +15,7 @@ from viditq_fx.scheme import QuantScheme
 class SitePlan:
     """How one linear y = x W^T (+ bias) with x [..., K], W [N, K] is to run.
 
-        x' = rotate(x * multiplier),  W' = rotate(W / multiplier):  x' W'^T = x W^T, and x', W' are quantized
+    x' = rotate(x * multiplier),  W' = rotate(W / multiplier):  x' W'^T = x W^T, and x', W' are quantized
     """
 
     scheme: QuantScheme | None

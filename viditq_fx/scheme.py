@@ -23,6 +23,9 @@ _ALIASES = {
 }
 """DVD-Quant: BGR weights (section 3.2) and auto-scaling rotated inputs (3.3), with no data."""
 
+SWITCHED = {"dvd-w4a6": ("dvd-w4a4", "dvd-w4a8")}
+"""Schemes whose steps run at one of two widths of the input (DVD-Quant section 3.4): low, high; 6 bits on average."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightForm:
@@ -156,7 +159,9 @@ class QuantScheme:
             return cls(weight_bits=8, input_bits=8, floating=True)
         match = _NAME.match(_ALIASES.get(text, text))
         if match is None:
-            raise SchemeError(f"unknown scheme {name!r}{_nearest(text)}; choose one such as {available_schemes()}")
+            raise SchemeError(
+                f"unknown scheme {name!r}{_nearest(text)}; choose one such as {available_schemes()}"
+            )
         fields: dict[str, object] = {}
         for suffix in filter(None, match[3].split("-")):
             added = _SUFFIXES.get(suffix)

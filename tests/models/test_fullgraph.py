@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import viditq_fx
 from tests.models.tiny_dits import SIZES, TINY_DITS, TinyDit, cast, sqnr
 from viditq_fx.inspection import ExplainReport
-from viditq_fx.quant_linear import is_linear_layer, quantized_layer
+from viditq_fx.quant_conv import is_linear_layer, quantized_layer
 
 # Reads sequence lengths out of a mask and branches on whether they differ: see the test about it.
 BRANCHES_ON_DATA = "lumina2"

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import viditq_fx
 import viditq_fx.runtime
 from tests.models.tiny_dits import TINY_DITS, sqnr
-from viditq_fx.quant_linear import is_linear_layer
+from viditq_fx.quant_conv import is_linear_layer
 from viditq_fx.scheme import WeightForm
 
 MIN_SQNR = 30.0

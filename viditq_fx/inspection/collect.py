@@ -20,7 +20,8 @@ from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, t
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
 from viditq_fx.options import split_options
 from viditq_fx.passes.work import ATTENTION
-from viditq_fx.quant_linear import QuantLinear, is_linear_layer
+from viditq_fx.quant_conv import is_linear_layer
+from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.report import Declined, PassTrace, SiteReport
 from viditq_fx.runtime import Execution, executions
 

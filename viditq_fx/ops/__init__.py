@@ -27,12 +27,11 @@ from viditq_fx.ops.weight_forms import LINEARS, linear_of
 from viditq_fx.ops.zero_point import ADD_ZERO_POINT
 
 __all__ = [
-    "ADD_ZERO_POINT",
-    "DEQUANTIZE_PER_BLOCK",
-    "QUANTIZE_STATIC",
     "ACTIVATION_QUANTIZE",
+    "ADD_ZERO_POINT",
     "ATTENTION_INT8",
     "CAT_INT8",
+    "DEQUANTIZE_PER_BLOCK",
     "DEQUANTIZE_PER_CHANNEL",
     "DEQUANTIZE_PER_GROUP",
     "DEQUANTIZE_PER_TOKEN",
@@ -56,6 +55,7 @@ __all__ = [
     "QUANTIZE_PER_CHANNEL",
     "QUANTIZE_PER_GROUP",
     "QUANTIZE_PER_TOKEN",
+    "QUANTIZE_STATIC",
     "QUANTIZE_WEIGHT_GRID",
     "READ_INT8",
     "ROTATE",

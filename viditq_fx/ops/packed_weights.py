@@ -56,7 +56,7 @@ _ENTRIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def packed_weight(weight: Tensor, form: WeightForm, name: str) -> Stored:
-    """What is stored, fp32 scales and, with a grid, zero points of a full-precision weight [N, K], packed at the first call.
+    """What is stored, scales and, with a grid, zero points of a full-precision weight [N, K], packed at the first call.
 
     A weight of more dimensions, as a convolution's [N, K, 1, 1], counts as [N, all others].
 

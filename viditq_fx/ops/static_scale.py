@@ -27,13 +27,17 @@ def quantize_static(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor
     Raises ValueError for `bits` outside 2..8 or a scale of more elements.
     """
     if not 2 <= bits <= 8 or scale.numel() != 1:
-        raise ValueError(f"quantize_static: bits={bits} is 2 to 8, and one scale is given; got {tuple(scale.shape)}")
+        raise ValueError(
+            f"quantize_static: bits={bits} is 2 to 8, and one scale is given; got {tuple(scale.shape)}"
+        )
     qmax = largest_int(bits)
     x_f32 = x.to(torch.float32)
     scaled = torch.round(x_f32 / scale.reshape(()))
     wrong = scaled != scaled
     q = torch.clamp(torch.where(wrong, torch.zeros_like(scaled), scaled), -qmax, qmax).to(torch.int8)
-    rows = torch.where(wrong.any(-1, keepdim=True), torch.full_like(x_f32[..., :1], torch.nan), scale.reshape(()))
+    rows = torch.where(
+        wrong.any(-1, keepdim=True), torch.full_like(x_f32[..., :1], torch.nan), scale.reshape(())
+    )
     return q, rows
 
 

@@ -113,7 +113,7 @@ def quantize_input(
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] -> (integers or e4m3 [..., K], fp32 scales [..., 1] or [..., blocks]), by the dialect's ops.
 
-    `multiplier` and `rotation` are those of ops/rotate.py, `scale` [] is calibration's where the scheme has static ranges.
+    `multiplier` and `rotation` are those of ops/rotate.py; `scale` [] is calibration's, where ranges are static.
     """
     if scheme.floating:
         return QUANTIZE_FP8_PER_TOKEN.overload(x)
@@ -136,7 +136,7 @@ def linear_in_scheme(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The linear of a scheme over what `quantize_input` and `quantize_weight` made -> [..., N], by the dialect's ops."""
+    """The linear of a scheme over what `quantize_input` and `quantize_weight` made -> [..., N]."""
     weight, scale, *zero = stored
     four = scheme.block is not None and scheme.input_bits == 4
     x = PACK_INT4.overload(x_q) if four else x_q
@@ -158,7 +158,9 @@ def dequantize_weight(stored: Stored, depth: int, form: WeightForm, dtype: torch
     else:
         w_NK = dequantize_per_group(q_NK, scale, form.group, exact)
     if form.rotation > 1:
-        w_NK = transform_weight(w_NK, None, form.rotation)  # the matrix is symmetric and orthogonal: its own inverse
+        w_NK = transform_weight(
+            w_NK, None, form.rotation
+        )  # the matrix is symmetric and orthogonal: its own inverse
     if form.multiplier is not None:
         values = _values(form, w_NK.device)
         assert values is not None

@@ -30,9 +30,13 @@ def add_zero_point(
     Raises ValueError for scales or zero points that are neither of rows nor of groups of 128.
     """
     groups = -(-x_q.shape[-1] // GROUP)
-    if x_scale.shape[-1] not in (1, groups) or w_scale.shape != w_zero.shape or y.shape[-1] != w_zero.shape[-1]:
+    if (
+        x_scale.shape[-1] not in (1, groups)
+        or w_scale.shape != w_zero.shape
+        or y.shape[-1] != w_zero.shape[-1]
+    ):
         raise ValueError(
-            f"add_zero_point: K={x_q.shape[-1]} has scales of rows or of {groups} groups; got x {tuple(x_scale.shape)}, "
+            f"add_zero_point: K={x_q.shape[-1]} has scales of rows or {groups} groups; got x {tuple(x_scale.shape)}, "
             f"w {tuple(w_scale.shape)} and zero points {tuple(w_zero.shape)}"
         )
     if w_zero.dim() == 1 and x_scale.shape[-1] == 1:

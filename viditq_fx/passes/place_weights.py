@@ -131,9 +131,7 @@ def _place_biases(graph: fx.Graph, ctx: PassContext) -> None:
         graph.erase_node(node)
 
 
-def _new_inputs(
-    graph: fx.Graph, weight: fx.Node, like: fx.Node, packs: Sequence[fx.Node]
-) -> list[fx.Node]:
+def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node, packs: Sequence[fx.Node]) -> list[fx.Node]:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     integers, *vectors = example(like)
     kind = "int4" if packs else "fp8" if integers.is_floating_point() else "int8"

@@ -48,7 +48,9 @@ def transform_of(fqn: str, depth: int, scheme: QuantScheme, ctx: PassContext) ->
             "channels: the recipe was made for another model"
         )
     if depth % plan.rotation:
-        raise RecipeError(f"{fqn}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}")
+        raise RecipeError(
+            f"{fqn}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}"
+        )
     return Transform(multiplier=None if values is None else Multiplier.of(values), rotation=plan.rotation)
 
 
@@ -57,7 +59,9 @@ def site_plan(fqn: str, ctx: PassContext) -> SitePlan | None:
     return None if ctx.recipe is None else ctx.recipe.sites.get(fqn)
 
 
-def constant_input(graph: fx.Graph, values: Tensor, key: object, name: str, like: fx.Node, ctx: PassContext) -> fx.Node:
+def constant_input(
+    graph: fx.Graph, values: Tensor, key: object, name: str, like: fx.Node, ctx: PassContext
+) -> fx.Node:
     """The graph input that holds a vector of the recipe: one for each `key`, kept on the device of `like`'s value."""
     for node in graph.nodes:
         if node.op == "placeholder" and node.meta.get(CONSTANT_KEY) == key:
@@ -101,7 +105,9 @@ def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node,
     if scheme.input_range == "static":
         return table
     if values.numel() != len(ctx.recipe.edges) + 1:
-        raise RecipeError(f"{fqn}: {values.numel()} scales for {len(ctx.recipe.edges) + 1} ranges of the timestep")
+        raise RecipeError(
+            f"{fqn}: {values.numel()} scales for {len(ctx.recipe.edges) + 1} ranges of the timestep"
+        )
     bucket = _bucket(graph, fqn, linear, ctx)
     return call(graph, torch.index_select, (table, 0, bucket), linear)
 
@@ -133,7 +139,9 @@ def _bucket(graph: fx.Graph, fqn: str, linear: fx.Node, ctx: PassContext) -> fx.
     return bucket
 
 
-def multiplier_input(graph: fx.Graph, transform: Transform, like: fx.Node, ctx: PassContext) -> fx.Node | None:
+def multiplier_input(
+    graph: fx.Graph, transform: Transform, like: fx.Node, ctx: PassContext
+) -> fx.Node | None:
     """The graph input that holds a transform's multiplier, or None."""
     if transform.multiplier is None:
         return None

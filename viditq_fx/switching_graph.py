@@ -1,0 +1,169 @@
+"""A pair of compiled graphs with the same weights, of which each call runs one: see switching.py."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from viditq_fx.errors import ViditqError
+from viditq_fx.report import CompileReport
+from viditq_fx.switching import HIGH, LOW, BitSwitch, StepRecord, SwitchRule
+from viditq_fx.timestep import timestep_name, timestep_value
+
+_DECIDED: ContextVar[str | None] = ContextVar("viditq_bits", default=None)
+"""The bits of the running call of a model that `switch_bits` follows."""
+_GRAPHS: weakref.WeakSet[SwitchingGraph] = weakref.WeakSet()
+_FOLLOWED: weakref.WeakKeyDictionary[nn.Module, _Follower] = weakref.WeakKeyDictionary()
+
+
+class SwitchingGraph:
+    """Called by Dynamo with a graph's own arguments; runs it at low or at high bits."""
+
+    def __init__(
+        self,
+        *,
+        low: Callable[..., Any],
+        high: Callable[..., Any],
+        rule: SwitchRule,
+        timestep: int | None,
+        weights: Sequence[int],
+        report: CompileReport,
+    ) -> None:
+        self._runs = {LOW: low, HIGH: high}
+        self.switch = BitSwitch(rule)
+        self._timestep = timestep
+        self._weights = tuple(weights)
+        self.report = report
+        self._seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        _GRAPHS.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Arguments and result are those of the graph that Dynamo captured."""
+        for index in self._weights[:1]:
+            self._seen[args[index]] = True
+        decided = _DECIDED.get()
+        if decided is not None or self._timestep is None:
+            return self._runs[decided or HIGH](*args)
+        timestep = args[self._timestep]
+        shapes = tuple(
+            tuple(a.shape) for a in args if isinstance(a, Tensor) and not isinstance(a, nn.Parameter)
+        )
+        bits, generation = self.switch.begin(timestep, shapes)
+        result = self._runs[bits](*args)
+        self.switch.end(generation, _tensors(result))
+        return result
+
+    def runs_weights_of(self, model: nn.Module) -> bool:
+        """Whether it was called with a parameter of this model."""
+        return any(parameter in self._seen for parameter in model.parameters())
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """The floating-point tensors of a call's result: a tensor, or tensors in tuples, dicts and dataclasses."""
+    leaves = torch.utils._pytree.tree_leaves(result)
+    more = [vars(leaf).values() for leaf in leaves if hasattr(leaf, "__dataclass_fields__")]
+    leaves += [value for values in more for value in values]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+class _Follower:
+    """Forward hooks that decide for all graphs of a model, which one graph alone does not show."""
+
+    def __init__(self, model: nn.Module, rule: SwitchRule, name: str) -> None:
+        self.switch, self._name = BitSwitch(rule), name
+        self._tokens: list[Any] = []
+        self.handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self.after, always_call=True),
+        ]
+        self._running: ContextVar[tuple[Any, Any] | None] = ContextVar("viditq_running", default=None)
+
+    @torch.compiler.disable
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = timestep_value(model, self._name, args, kwargs)
+        if timestep is None:
+            raise ViditqError(
+                f"{type(model).__name__} was called without {self._name!r}, which tells its steps apart"
+            )
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        shapes = tuple(tuple(value.shape) for value in tensors)
+        bits, generation = self.switch.begin(torch.as_tensor(timestep), shapes)
+        self._running.set((_DECIDED.set(bits), generation))
+
+    @torch.compiler.disable
+    def after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        running = self._running.get()
+        if running is None:  # `before` raised
+            return
+        token, generation = running
+        self._running.set(None)
+        _DECIDED.reset(token)
+        if result is not None:
+            self.switch.end(generation, _tensors(result))
+
+
+def switch_bits(
+    model: nn.Module,
+    *,
+    delta: float = 0.09,
+    high_first: int = 2,
+    high_last: int = 0,
+    steps: int | None = None,
+    timestep: str | None = None,
+) -> None:
+    """Let a whole model decide its steps' bits, for one that is compiled to several graphs.
+
+    A model in one graph needs none of this. Blocks that are compiled by themselves, and graphs that break (step caches
+    of diffusers), show no timestep to the graph that would decide: here hooks on `model` do, for all of them. Compile
+    with scheme "dvd-w4a6". Called again it replaces what it did before.
+
+    Raises OptionError for wrong numbers, ViditqError for a model whose forward has no timestep.
+    """
+    rule = SwitchRule(delta=delta, high_first=high_first, high_last=high_last, steps=steps)
+    model = getattr(model, "_orig_mod", model)
+    name = timestep_name(model, timestep)
+    if name is None:
+        raise ViditqError(
+            f"switch_bits: {type(model).__name__}.forward has no timestep; give its name in timestep="
+        )
+    known = _FOLLOWED.get(model)
+    for handle in known.handles if known is not None else ():
+        handle.remove()
+    _FOLLOWED[model] = _Follower(model, rule, name)
+
+
+def _switches(model: nn.Module) -> list[BitSwitch]:
+    model = getattr(model, "_orig_mod", model)
+    followed = _FOLLOWED.get(model)
+    mine = [graph.switch for graph in list(_GRAPHS) if graph.runs_weights_of(model)]
+    return [*([followed.switch] if followed is not None else []), *mine]
+
+
+def reset(model: nn.Module) -> None:
+    """Begin a new generation with the model's next call: for a sampler whose timesteps do not turn back."""
+    for switch in _switches(model):
+        switch.reset()
+
+
+def step_records(model: nn.Module) -> list[StepRecord]:
+    """What every step of a model ran at, in order; [] for one that does not switch its bits."""
+    return [record for switch in _switches(model) for record in switch.records]
+
+
+@contextmanager
+def forced_bits(bits: str) -> Iterator[None]:
+    """Run every switching graph inside at "low" or "high" bits; for warm-up and measurements."""
+    if bits not in (LOW, HIGH):
+        raise ViditqError(f"forced_bits: {LOW!r} or {HIGH!r}, not {bits!r}")
+    token = _DECIDED.set(bits)
+    try:
+        yield
+    finally:
+        _DECIDED.reset(token)
