@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from viditq_fx.errors import StrictError, ViditqError
+from viditq_fx.errors import OptionError, StrictError, ViditqError
 from viditq_fx.ops.weight_forms import Stored
 from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
@@ -51,6 +51,11 @@ def quantize_(
     """
     asked = {"keep": keep, "strict": strict, "recipe": recipe}
     options, _ = split_options(asked if scheme is None else asked | {"scheme": scheme})
+    if options.low_scheme is not None:
+        raise OptionError(
+            f"quantize_: scheme={scheme!r} chooses its bits at every step, which compiled graphs do: pass it to "
+            f'torch.compile(model, backend="viditq", options={{"scheme": {scheme!r}}})'
+        )
     if not isinstance(model, nn.Module):
         raise ViditqError(f"quantize_: expected a torch.nn.Module, got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)

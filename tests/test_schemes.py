@@ -1,0 +1,168 @@
+"""Every kind of scheme end to end: compiled and as modules the same numbers, on integers at every planned site."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import viditq_fx as vq
+from tests.small_models import QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
+from viditq_fx.errors import OptionError, RecipeError, SchemeError
+from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.recipe import Recipe, SitePlan
+from viditq_fx.runtime import executions
+from viditq_fx.scheme import QuantScheme, available_schemes
+from viditq_fx.timestep import Clock, timestep_name
+
+LAYERS = {"q": 64, "k": 64, "v": 64, "out": 64, "up": 64, "down": 256}
+ERRORS = {"w6a6": 0.03, "w8a8-asym": 0.01, "w4a8-g128-asym-rot": 0.07, "dvd-w4a8": 0.08, "dvd-w4a4": 0.1}
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="viditq", options=options, fullgraph=True)
+
+
+def plan(scheme, depth, seed=0, **fields):
+    gen = torch.Generator().manual_seed(seed)
+    return SitePlan(
+        scheme=QuantScheme.parse(scheme), multiplier=torch.rand(depth, generator=gen) + 0.5, **fields
+    )
+
+
+def recipe(scheme, **fields):
+    """One plan for each site; q, k and v share theirs, as they share their input."""
+    sites = {f"blocks.0.{name}": plan(scheme, depth, depth, **fields) for name, depth in LAYERS.items()}
+    return Recipe(scheme=QuantScheme.parse(scheme), sites=sites, edges=(500.0,), timestep="timestep")
+
+
+@pytest.mark.parametrize("name", [*available_schemes(), "w4a4", "w8a8-static", "w6a8-asym-rot-timestep"])
+def test_names_read_back(name):
+    assert str(QuantScheme.parse(name)) == name
+    assert QuantScheme.parse(name.upper()) == QuantScheme.parse(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w4a8-g64", "w8a8-g128", "w4a8-asym-bgr", "w8a8-block", "w5a8", "fp8-rot", "w4a8-", "w4a4-block-static"],
+)
+def test_what_is_no_scheme_says_what_is(name):
+    with pytest.raises(SchemeError, match="g128"):
+        QuantScheme.parse(name)
+
+
+@pytest.mark.parametrize("scheme", ERRORS)
+def test_compiled_is_what_modules_compute(scheme):
+    model, inputs = tiny_dit(1), tiny_inputs()
+    with torch.no_grad(), executions() as ran:
+        want, got = model(*inputs), compiled(model, scheme=scheme)(*inputs)
+        report = vq.quantize_(model, args=inputs, scheme=scheme)
+        eager = model(*inputs)
+    sites = [site for site in ran[0].report.sites if site.done]
+    assert len(sites) == QUANTIZED_PER_LAYER
+    assert {s.done for s in sites} == {scheme} == {s.done for s in report.sites if s.done}
+    assert {s.outcome for s in sites} == {"quantized"}
+    assert 0 < relative_error(got, want) < ERRORS[scheme]
+    assert relative_error(eager, got) < 1e-3  # a rotation's sums in another order move a few integers
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert sum(m.resident_bytes() for m in layers) >= sum(s.bytes_packed for s in sites) > 0
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-rot", "w8a8-timestep"])
+def test_a_recipe_is_followed_by_both(scheme):
+    model, inputs = tiny_dit(1), tiny_inputs()
+    fields = {"rotation": 64} if "rot" in scheme else {"input_scale": torch.tensor([0.03, 0.05])}
+    followed = recipe(scheme, **fields)
+    followed.sites["blocks.0.up"] = SitePlan(scheme=QuantScheme.parse("w8a8"))
+    followed.sites["blocks.0.down"] = SitePlan(scheme=None, reason="most sensitive")
+    with torch.no_grad(), executions() as ran:
+        want, got = model(*inputs), compiled(model, recipe=followed)(*inputs)
+        vq.quantize_(model, args=inputs, recipe=followed)
+        eager = model(*inputs)
+    done = {site.fqn: site.done for site in ran[0].report.sites if site.planned}
+    assert done == {f"blocks.0.{n}": scheme for n in ("q", "k", "v", "out")} | {"blocks.0.up": "w8a8"}
+    assert "most sensitive" in ran[0].report.site("blocks.0.down").reason
+    assert relative_error(got, want) < 0.05
+    assert relative_error(eager, got) < 1e-3
+
+
+def test_ranges_of_the_timestep_are_the_tables():
+    """The range is chosen in the graph, by the largest timestep; one compilation serves all steps."""
+    scales = (0.02, 0.3)
+    model, (x, _) = tiny_dit(1), tiny_inputs()
+    table = recipe("w8a8-timestep", input_scale=torch.tensor(scales))
+    with torch.no_grad():
+        run = compiled(model, recipe=table)
+        for timestep, scale in ((torch.tensor([1.0, 499.0]), 0), (torch.tensor([3.0, 500.0]), 1)):
+            static = recipe("w8a8-static", input_scale=torch.tensor(scales[scale]))
+            layers = copy.deepcopy(model)
+            vq.quantize_(layers, args=(x, timestep), recipe=static)
+            assert relative_error(run(x, timestep), layers(x, timestep)) < 1e-5
+        counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for step in range(20):
+            run(x, torch.full((2,), 1000.0 - 50 * step))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
+
+
+def test_layers_learn_the_timestep_from_their_model_and_say_so_without():
+    model, inputs = tiny_dit(1), tiny_inputs()
+    vq.quantize_(model, args=inputs, recipe=recipe("w8a8-timestep", input_scale=torch.tensor([0.02, 0.3])))
+    with torch.no_grad():
+        low, high = (model(inputs[0], torch.full((2,), t)) for t in (10.0, 900.0))
+        again = copy.deepcopy(model)
+        assert torch.equal(again(inputs[0], torch.full((2,), 900.0)), high)
+        assert not torch.equal(low, high)
+    with pytest.raises(RecipeError, match="outside its model"):
+        Clock([0.5], torch.device("cpu")).read()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda: recipe("w8a8-timestep"), "takes its input's scale from calibration"),
+        (lambda: recipe("w8a8-timestep", input_scale=torch.ones(3)), "3 scales for 2 ranges"),
+        (lambda: recipe("w8a8-static", input_scale=torch.tensor(float("nan"))), "not positive"),
+        (lambda: recipe("w4a8-rot", rotation=256), "do not divide K=64"),
+        (
+            lambda: Recipe(scheme=QuantScheme.parse("w8a8"), sites={"blocks.0.q": plan("w8a8", 32)}),
+            "another model",
+        ),
+    ],
+)
+def test_a_recipe_that_does_not_fit_names_the_site(broken, message):
+    with torch.no_grad(), pytest.raises(Exception, match=message) as caught:
+        compiled(tiny_dit(1), recipe=broken())(*tiny_inputs())
+    assert "blocks.0." in str(caught.value)
+
+
+def test_a_model_without_a_timestep_is_an_error_of_that_scheme_alone():
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).requires_grad_(False)
+    assert timestep_name(model) is None
+    x = torch.randn(40, 64)
+    for scheme, works in (("w8a8-timestep", False), ("w8a8-static", True)):
+        scales = torch.tensor([0.1, 0.1]) if "timestep" in scheme else torch.tensor(0.1)
+        sites = {n: SitePlan(scheme=QuantScheme.parse(scheme), input_scale=scales) for n in "02"}
+        asked = Recipe(scheme=QuantScheme.parse(scheme), sites=sites, edges=(0.5,))
+        with torch.no_grad():
+            if works:
+                assert relative_error(compiled(model, recipe=asked)(x), model(x)) < 0.1
+            else:
+                with pytest.raises(Exception, match="whole model and not its blocks"):
+                    compiled(model, recipe=asked)(x)
+
+
+def test_options_that_contradict_each_other():
+    for options, message in (
+        ({"scheme": "w4a8", "recipe": recipe("w8a8")}, "give the recipe alone"),
+        ({"recipe": 3}, "a Recipe or the directory"),
+        ({"delta": 0.1}, "switches its bits"),
+        ({"scheme": "w8a8", "low_scheme": "w4a8"}, "share no weights"),
+        ({"scheme": "dvd-w4a6", "delta": -1}, "'delta'"),
+        ({"scheme": "dvd-w4a6", "high_last": 2}, "'steps'"),
+        ({"scheme": "dvd-w4a6", "bits_schedule": ["lower"]}, "bits_schedule"),
+    ):
+        with torch.no_grad(), pytest.raises(Exception, match=message):
+            compiled(tiny_dit(1), **options)(*tiny_inputs())
+    with pytest.raises(OptionError, match="compile"):
+        vq.quantize_(tiny_dit(1), args=tiny_inputs(), scheme="dvd-w4a6")
