@@ -13,7 +13,7 @@ from torch import Tensor
 from viditq_fx.lowering.extern_linear import viditq_scaled_mm_linear
 from viditq_fx.ops.fp8 import E4M3
 from viditq_fx.ops.pack import pack_int4
-from viditq_fx.ops.weight_forms import LINEARS, quantize_input, quantize_weight
+from viditq_fx.ops.weight_forms import linear_of, quantize_input, quantize_weight
 from viditq_fx.scheme import GROUP, QuantScheme
 from viditq_fx.triton_templates import linear_fp8, linear_w4a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, architecture
@@ -102,7 +102,8 @@ def scheme_checks(scheme: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _linear(name: str) -> Callable[..., Tensor]:
-    scheme, op = QuantScheme.parse(name), LINEARS[name].overload
+    scheme = QuantScheme.parse(name)
+    op = linear_of(scheme).overload
 
     def quantized_linear(x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return op(*quantize_input(x, scheme), stored, scale, bias, x.dtype)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from viditq_fx.demo.model import load_digits_dit
 from viditq_fx.ops.fp8 import why_no_fp8
-from viditq_fx.ops.weight_forms import LINEARS, quantize_input, quantize_weight
+from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.runtime import executions
 from viditq_fx.scheme import QuantScheme, available_schemes
 
@@ -57,8 +57,7 @@ def captured(samples: int) -> tuple[dict[str, nn.Linear], dict[str, list[Tensor]
 def error_of_linear(linear: nn.Linear, given: list[Tensor], scheme: QuantScheme) -> float:
     """SQNR of one linear over all that it is given."""
     x = torch.cat([g.reshape(-1, g.shape[-1]) for g in given])
-    weights = quantize_weight(linear.weight, scheme.weight_form)
-    got = LINEARS[str(scheme)].overload(*quantize_input(x, scheme), *weights, linear.bias, torch.float32)
+    got = QuantLinear.from_linear(linear, scheme)(x)
     bias = None if linear.bias is None else linear.bias.double()
     return _sqnr(F.linear(x.double(), linear.weight.double(), bias), got)
 

@@ -17,7 +17,7 @@ from nogpu.interpreter import run_interpreted
 from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
-from viditq_fx.ops.weight_forms import LINEARS, quantize_input, quantize_weight, stored_dtype
+from viditq_fx.ops.weight_forms import linear_of, quantize_input, quantize_weight, stored_dtype
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.triton_templates import linear_fp8, linear_w4a8
 
@@ -47,7 +47,7 @@ class FeedForward(torch.nn.Module):
 
     def linear(self, x, name):
         weights = (getattr(self, f"{name}_{part}") for part in ("q", "scale", "bias"))
-        return LINEARS[str(self.scheme)].overload(*quantize_input(x, self.scheme), *weights, self.dtype)
+        return linear_of(self.scheme).overload(*quantize_input(x, self.scheme), *weights, self.dtype)
 
     def forward(self, x, shift, scale, gate):
         h = F.layer_norm(x, (self.dim,)) * (1 + scale) + shift

@@ -26,8 +26,9 @@ DEPTHS = [1, 7, 33, 64, 127, 128, 129, 300, 1152, 2081]
 
 
 def weight(width, depth, gen, extreme=False):
-    w = torch.randint(-7, 8, (width, depth), generator=gen, dtype=torch.int8)
-    return torch.full_like(w, 7) if extreme else w
+    """Symmetric rounding makes no -8, asymmetric weights do: kernels and references have to hold it."""
+    w = torch.randint(-8, 8, (width, depth), generator=gen, dtype=torch.int8)
+    return torch.full_like(w, 7 if depth % 2 else -8) if extreme else w
 
 
 @st.composite
@@ -60,6 +61,15 @@ def test_pack_round_trip(width, depth, seed):
     assert torch.equal(unpack_int4(packed, depth), w)
 
 
+@pytest.mark.parametrize("shape", [(300,), (2, 3, 300), (0, 300), (2, 0, 5)])
+def test_rows_of_any_rank_are_packed_one_by_one(shape):
+    q = torch.randint(-8, 8, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    packed, depth = pack_int4(q), shape[-1]
+    assert packed.shape == (*shape[:-1], half_width(depth))
+    assert torch.equal(packed.reshape(-1, half_width(depth)), pack_int4(q.reshape(-1, depth)))
+    assert torch.equal(unpack_int4(packed, depth), q)
+
+
 def test_layout_is_two_halves():
     w = torch.zeros(1, 256, dtype=torch.int8)
     w[0, 5], w[0, 128 + 5] = -3, 6
@@ -69,9 +79,12 @@ def test_layout_is_two_halves():
 
 
 def test_what_four_bits_do_not_hold():
-    with pytest.raises(ValueError, match="four bits hold"):
-        pack_int4(torch.full((1, 4), 8, dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"K=300 is uint8 \[N, 192\]"):
+    for wrong in (8, -9):
+        with pytest.raises(ValueError, match=f"four bits hold -8 to 7; got integers from {wrong} to {wrong}"):
+            pack_int4(torch.full((1, 4), wrong, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"int8 \[..., K\]"):
+        pack_int4(torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"K=300 are uint8 \[\.\.\., 192\]"):
         unpack_int4(torch.zeros(2, 64, dtype=torch.uint8), 300)
 
 
@@ -101,7 +114,7 @@ def test_our_kernel_is_exact(given_operands):
 def test_our_kernel_on_many_tiles_and_threads(rows):
     gen = torch.Generator().manual_seed(rows)
     x = torch.randint(-127, 128, (rows, 4500), generator=gen, dtype=torch.int8)
-    w = weight(259, 4500, gen)
+    w = weight(259, 4500, gen)  # -8 among them
     assert torch.equal(int4_gemm.multiply(x, pack_int4(w), None).double(), exact(x, w))
 
 

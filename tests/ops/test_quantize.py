@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,8 +11,10 @@ from viditq_fx.ops.quantize import (
     dequantize_per_channel,
     dequantize_per_token,
     fake_dequantized,
+    fake_per_block,
     fake_per_channel,
     fake_per_token,
+    quantize_per_block,
     quantize_per_channel,
     quantize_per_token,
 )
@@ -133,3 +136,64 @@ def test_fakes_have_the_shapes_and_strides_of_the_ops():
         q, scale = quantize_per_token(x, 8)
         real, fake = dequantize_per_token(q, scale, x.dtype), fake_dequantized(q, scale, x.dtype)
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.integers(2, 8), st.integers(1, 40))
+def test_a_block_is_a_token_of_its_own(x, bits, block):
+    q, scale = quantize_per_block(x, bits, block)
+    assert (q.shape, scale.shape) == (x.shape, (x.shape[0], -(-x.shape[1] // block)))
+    for g in range(scale.shape[1]):
+        inside = slice(g * block, (g + 1) * block)
+        want_q, want_scale = quantize_per_token(x[:, inside], bits)
+        assert torch.equal(q[:, inside], want_q)
+        assert torch.equal(scale[:, g : g + 1], want_scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_value_spoils_its_block_and_no_other(bad):
+    x = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
+    x[1, 2, :8] = 0
+    clean_q, clean_scale = quantize_per_block(x, 4, 8)
+    assert clean_scale[1, 2, 0] == EPS * (1 / 7)
+    x[0, 1, 9] = bad
+    q, scale = quantize_per_block(x, 4, 8)
+    assert not torch.isfinite(scale[0, 1, 1])
+    assert torch.isnan(q[0, 1, 8:16] * scale[0, 1, 1]).all()
+    scale[0, 1, 1], q[0, 1, 8:16] = clean_scale[0, 1, 1], clean_q[0, 1, 8:16]
+    assert torch.equal(q, clean_q)
+    assert torch.equal(scale, clean_scale)
+
+
+def test_blocks_of_odd_tensors():
+    gen = torch.Generator().manual_seed(0)
+    for x in (
+        torch.randn(3, 5, 40, generator=gen),
+        torch.randn(40, 6, generator=gen).t(),
+        torch.empty(2, 0, 40),
+    ):
+        real, fake = quantize_per_block(x, 8, 16), fake_per_block(x, 8, 16)
+        for got, want in zip(fake, real, strict=True):
+            assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    for wrong in (torch.tensor(1.0), torch.empty(2, 0)):
+        with pytest.raises(ValueError, match="K >= 1"):
+            quantize_per_block(wrong, 8, 16)
+    with pytest.raises(ValueError, match="a block at least 1"):
+        quantize_per_block(torch.ones(2, 4), 8, 0)
+
+
+def test_blocks_are_compiled_to_the_same_bits():
+    """Inductor's C++ wrote -128 past the last whole block of a padded reshape (K = 300, torch 2.13)."""
+    from viditq_fx.ops import PACK_INT4, QUANTIZE_PER_BLOCK
+
+    def function(x):
+        (q, scale), (q_4, scale_4) = (QUANTIZE_PER_BLOCK.overload(x, bits, 128) for bits in (8, 4))
+        return q, scale, PACK_INT4.overload(q_4), scale_4
+
+    x = torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(0))
+    with inductor_config.patch(
+        force_disable_caches=True
+    ):  # its key knows nothing of what our ops are made of
+        compiled = torch.compile(function)(x)
+    for got, want in zip(compiled, function(x), strict=True):
+        assert torch.equal(got, want)

@@ -129,7 +129,8 @@ def _kernels() -> list[Finding]:
         scheme = QuantScheme.parse(name)
         if scheme.floating:  # what a GPU computes
             continue
-        choice = choose_cpu_kernel(scheme.input_bits, scheme.weight_form.nibbles)
+        bits = 8 if scheme.input_bits == 8 else 7
+        choice = choose_cpu_kernel(bits, scheme.weight_form.nibbles, scheme.block is not None)
         detail = choice.kernel + (f": {choice.reason}" if choice.reason else "")
         findings.append(
             Finding(name=f"{name} on the CPU", state="note" if choice.reason else "ok", detail=detail)

@@ -1,18 +1,20 @@
 // Exact GEMM of int8 by 4-bit weights for x86 CPUs, which reads the weights as they are stored.
 //
-//     acc[m, n] = sum_k X[m, k] W[n, k]        X int8 in [-127, 127], W in [-7, 7], acc written as fp32
-//     with groups of 128 of K:  acc[m, n] = sum_g s[g, n] * (the sum over group g): exact in each lane of a vector,
-//                               then scaled and added in fp32
+//     acc[m, n] = sum_k X[m, k] W[n, k]        X int8 in [-127, 127], W in [-8, 7], acc written as fp32
+//     with scales of groups of 128 of K, of W or of X or of both:
+//     acc[m, n] = sum_g s_x[m, g] * s_w[g, n] * (the sum over group g)      each sum exact in each lane of a vector,
+//                                                                          then scaled and added in fp32
 //
 // W [N, H] bytes: byte j of a row holds weight j low and weight j + H high, two's complement (ops/pack.py). H is a
-// multiple of 64. A weight plus 8 is a byte without sign in [1, 15], which is what both byte products want:
+// multiple of 64. A weight plus 8 is a byte without sign in [0, 15], which is what both byte products want:
 //
 //   VNNI    vpdpbusd adds four products into int32
 //   else    vpmaddubsw adds two into int16, at most 2 * 15 * 127 = 3810: eight of them stay in int16 before they
 //           are widened. With 8-bit weights not even two do, so 4-bit weights are the faster ones here.
 //
-// What 8 adds is taken off again: 8 * sum_k X[m, k] at the end, and with groups in each lane, so that no fp32 sum
-// holds it. K is the inner loop (a dot product of rows): nothing is packed, and no int8 copy of W exists.
+// What 8 adds is taken off again: 8 * sum_k X[m, k] at the end, and with groups in each lane before its products are
+// added, so that no fp32 sum holds it. K is the inner loop (a dot product of rows): nothing is packed, and no int8 copy
+// of W exists.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -29,6 +31,7 @@ using Vec = __m512i;
 using Floats = __m512;
 constexpr int64_t BYTES = 64;
 constexpr int ROWS = 4, COLUMNS = 4;
+constexpr int GROUP_ROWS = 3, GROUP_COLUMNS = 3;  // two sums each, in integers and in fp32: fastest of six tried
 inline Vec load(const void* p) { return _mm512_loadu_si512(p); }
 inline Vec zero() { return _mm512_setzero_si512(); }
 inline Vec all8(char value) { return _mm512_set1_epi8(value); }
@@ -38,6 +41,7 @@ inline Vec right4(Vec a) { return _mm512_srli_epi16(a, 4); }
 inline Vec add32(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
 inline Vec sub32(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
 inline Vec add16(Vec a, Vec b) { return _mm512_add_epi16(a, b); }
+inline Vec sub16(Vec a, Vec b) { return _mm512_sub_epi16(a, b); }
 inline Vec multiply8(Vec u, Vec s) { return _mm512_maddubs_epi16(u, s); }
 inline Vec widen16(Vec a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
 inline Floats no_floats() { return _mm512_setzero_ps(); }
@@ -49,6 +53,7 @@ using Vec = __m256i;
 using Floats = __m256;
 constexpr int64_t BYTES = 32;
 constexpr int ROWS = 4, COLUMNS = 2;
+constexpr int GROUP_ROWS = 3, GROUP_COLUMNS = 3;
 inline Vec load(const void* p) { return _mm256_loadu_si256((const Vec*)p); }
 inline Vec zero() { return _mm256_setzero_si256(); }
 inline Vec all8(char value) { return _mm256_set1_epi8(value); }
@@ -58,6 +63,7 @@ inline Vec right4(Vec a) { return _mm256_srli_epi16(a, 4); }
 inline Vec add32(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
 inline Vec sub32(Vec a, Vec b) { return _mm256_sub_epi32(a, b); }
 inline Vec add16(Vec a, Vec b) { return _mm256_add_epi16(a, b); }
+inline Vec sub16(Vec a, Vec b) { return _mm256_sub_epi16(a, b); }
 inline Vec multiply8(Vec u, Vec s) { return _mm256_maddubs_epi16(u, s); }
 inline Vec widen16(Vec a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
 inline Floats no_floats() { return _mm256_setzero_ps(); }
@@ -90,8 +96,18 @@ inline Vec flipped(const uint8_t* w) { return bits_xor(load(w), all8(char(0x88))
 
 #if defined(__AVX512VNNI__)
 inline Vec dot(Vec sum, Vec u, Vec s) { return _mm512_dpbusd_epi32(sum, u, s); }
+#endif
+
+// The products of one group: in int32, or in int16, which holds 8 * 127 * 2 to take off and 3810 for each vector.
+#if defined(__AVX512VNNI__)
+inline Vec group_dot(Vec sum, Vec u, Vec s) { return dot(sum, u, s); }
+inline Vec group_negative(Vec sum) { return sub32(zero(), sum); }
+inline Vec group_total(Vec sum) { return sum; }
 #else
-inline Vec dot(Vec sum, Vec u, Vec s) { return add32(sum, widen16(multiply8(u, s))); }
+static_assert(128 / BYTES * (3810 + 2032) < 32768);
+inline Vec group_dot(Vec sum, Vec u, Vec s) { return add16(sum, multiply8(u, s)); }
+inline Vec group_negative(Vec sum) { return sub16(zero(), sum); }
+inline Vec group_total(Vec sum) { return widen16(sum); }
 #endif
 
 // One output channel each: acc[m][n] += the products of `depth` bytes from `j` on, both halves.
@@ -134,60 +150,97 @@ inline void multiply(const int8_t* x, int64_t x_stride, const uint8_t* w, int64_
 #endif
 }
 
-// One half of the bytes with groups: runs of K that lie in one group, an exact int32 sum of each, then fp32.
-template <bool HIGH, int M, int N>
-inline void multiply_groups(const int8_t* x, int64_t x_stride, const uint8_t* w, int64_t half, const float* scales,
-                            int64_t width, int64_t groups, Floats (&acc)[M][N]) {
-  const int64_t first = HIGH ? half : 0;
-  for (int64_t j = 0; j < half;) {
-    const int64_t group = std::min((first + j) / GROUP, groups - 1);  // past the last K all weights are zero
-    const int64_t end = std::min(half, j + GROUP - (first + j) % GROUP);
-    Vec sums[M][N];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) sums[m][n] = zero();
-    for (; j < end; j += BYTES) {
-      Vec weights[N];
-      for (int n = 0; n < N; ++n) weights[n] = weights_of<HIGH>(flipped(w + n * half + j));
-      for (int m = 0; m < M; ++m) {
-        const Vec xs = load(x + m * x_stride + first + j);
-        const Vec eights = sub32(zero(), dot(zero(), all8(8), xs));
-        for (int n = 0; n < N; ++n) sums[m][n] = dot(add32(sums[m][n], eights), weights[n], xs);
-      }
-    }
-    for (int n = 0; n < N; ++n)
-      for (int m = 0; m < M; ++m) acc[m][n] = scaled(sums[m][n], scales[group * width + n], acc[m][n]);
-  }
-}
-
 struct Problem {
   const int8_t* x;
   const uint8_t* w;
-  const float* scales;  // [groups, width], or none
+  const float* scales;    // of W's groups [groups, width], or none
+  const float* x_scales;  // of X's [rows, groups], or none
   float* out;
   int64_t rows, width, depth, half, groups;
 };
 
+// The scales of one group for a tile.
+template <int M, int N>
+struct GroupScales {
+  float x[M], w[N];
+  GroupScales(const Problem& p, int64_t m0, int64_t n0, int64_t group) {
+    for (int m = 0; m < M; ++m) x[m] = p.x_scales ? p.x_scales[(m0 + m) * p.groups + group] : 1.0f;
+    for (int n = 0; n < N; ++n) w[n] = p.scales ? p.scales[group * p.width + n0 + n] : 1.0f;
+  }
+};
+
+// `STEPS` vectors of bytes from `j` on, all of one group, in one half: an exact sum of each lane, then fp32.
+template <bool HIGH, int STEPS, int M, int N>
+inline void multiply_run(const Problem& p, const int8_t* x, const uint8_t* w, const GroupScales<M, N>& s, int64_t j,
+                         Floats (&acc)[M][N]) {
+  Vec sums[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    Vec eights = zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < STEPS; ++i) {
+      eights = group_dot(eights, all8(8), load(x + (2 * m + HIGH) * p.half + j + i * BYTES));
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m][n] = group_negative(eights);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < STEPS; ++i) {
+    Vec weights[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) weights[n] = weights_of<HIGH>(flipped(w + n * p.half + j + i * BYTES));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec xs = load(x + (2 * m + HIGH) * p.half + j + i * BYTES);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[m][n] = group_dot(sums[m][n], weights[n], xs);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m][n] = scaled(group_total(sums[m][n]), s.x[m] * s.w[n], acc[m][n]);
+  }
+}
+
+// One half of the bytes with groups. As H is a multiple of 64, a run that lies in one group is 64 or 128 bytes.
+template <bool HIGH, int M, int N>
+inline void multiply_groups(const Problem& p, const int8_t* x, const uint8_t* w, int64_t m0, int64_t n0,
+                            Floats (&acc)[M][N]) {
+  const int64_t first = HIGH ? p.half : 0;
+  for (int64_t j = 0; j < p.half;) {
+    const int64_t group = std::min((first + j) / GROUP, p.groups - 1);  // past the last K all weights are zero
+    const GroupScales<M, N> s(p, m0, n0, group);
+    if ((first + j) % GROUP == 0 && j + GROUP <= p.half) {
+      multiply_run<HIGH, GROUP / BYTES>(p, x, w, s, j, acc);
+      j += GROUP;
+    } else {
+      multiply_run<HIGH, GROUP / BYTES / 2>(p, x, w, s, j, acc);
+      j += GROUP / 2;
+    }
+  }
+}
+
 template <int M, int N>
 void tile(const Problem& p, const int8_t* x, const int32_t* sums, int64_t m0, int64_t n0) {
-  const int64_t stride = 2 * p.half;
   const uint8_t* w = p.w + n0 * p.half;
   float* out = p.out + m0 * p.width + n0;
-  if (p.scales) {
-    Floats acc[M][N];
+  if (sums) {
+    Vec acc[M][N];
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = no_floats();
-    multiply_groups<false>(x, stride, w, p.half, p.scales + n0, p.width, p.groups, acc);
-    multiply_groups<true>(x, stride, w, p.half, p.scales + n0, p.width, p.groups, acc);
+      for (int n = 0; n < N; ++n) acc[m][n] = zero();
+    multiply(x, 2 * p.half, w, p.half, acc);
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) out[m * p.width + n] = total(acc[m][n]);
+      for (int n = 0; n < N; ++n) out[m * p.width + n] = float(total(acc[m][n]) - 8 * sums[m]);
     return;
   }
-  Vec acc[M][N];
+  Floats acc[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = zero();
-  multiply(x, stride, w, p.half, acc);
+    for (int n = 0; n < N; ++n) acc[m][n] = no_floats();
+  multiply_groups<false>(p, x, w, m0, n0, acc);
+  multiply_groups<true>(p, x, w, m0, n0, acc);
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[m * p.width + n] = float(total(acc[m][n]) - 8 * sums[m]);
+    for (int n = 0; n < N; ++n) out[m * p.width + n] = total(acc[m][n]);
 }
 
 template <int M, int N>
@@ -213,13 +266,15 @@ void copy_rows(const Problem& p, int64_t m0, int rows, int8_t* to, int32_t* sums
   }
 }
 
+// `M` and `N`: the tile. Where groups are scaled it needs no sums of rows.
+template <int M, int N, bool GROUPS>
 void multiply_part(const Problem& p, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, int8_t* buffer) {
-  for (int64_t m = row_begin; m < row_end; m += ROWS) {
-    const int rows = int(std::min<int64_t>(ROWS, row_end - m));
-    int32_t sums[ROWS];
+  for (int64_t m = row_begin; m < row_end; m += M) {
+    const int rows = int(std::min<int64_t>(M, row_end - m));
+    int32_t sums[M];
     copy_rows(p, m, rows, buffer, sums);
-    for (int64_t n = begin; n < end; n += COLUMNS) {
-      tile_of<ROWS, COLUMNS>(rows, int(std::min<int64_t>(COLUMNS, end - n)), p, buffer, sums, m, n);
+    for (int64_t n = begin; n < end; n += N) {
+      tile_of<M, N>(rows, int(std::min<int64_t>(N, end - n)), p, buffer, GROUPS ? nullptr : sums, m, n);
     }
   }
 }
@@ -228,24 +283,32 @@ void multiply_part(const Problem& p, int64_t row_begin, int64_t row_end, int64_t
 
 extern "C" {
 
-// acc fp32 [rows, width]; `scales` fp32 [ceil(depth / 128), width] or null. 0, or 1 where there is no memory.
-int viditq_multiply_int4(const int8_t* x, const uint8_t* w, const float* scales, float* out, int64_t rows,
-                         int64_t width, int64_t depth, int threads) {
+// acc fp32 [rows, width]; `scales` fp32 [ceil(depth / 128), width] or null, `x_scales` fp32 [rows, ceil(depth / 128)] or
+// null. 0, or 1 where there is no memory.
+int viditq_multiply_int4(const int8_t* x, const uint8_t* w, const float* scales, const float* x_scales, float* out,
+                         int64_t rows, int64_t width, int64_t depth, int threads) {
   const int64_t half = up(depth, 128) / 2;
-  const Problem p{x, w, scales, out, rows, width, depth, half, up(depth, GROUP) / GROUP};
+  const Problem p{x, w, scales, x_scales, out, rows, width, depth, half, up(depth, GROUP) / GROUP};
+  const bool groups = scales || x_scales;
+  const int64_t columns = groups ? GROUP_COLUMNS : COLUMNS;
   // Enough parts for all threads, each of so many channels as L2 holds.
-  int64_t panel = std::max<int64_t>(COLUMNS, PANEL_BYTES / half / COLUMNS * COLUMNS);
+  int64_t panel = std::max<int64_t>(columns, PANEL_BYTES / half / columns * columns);
   const int64_t tasks_m = (rows + TASK_ROWS - 1) / TASK_ROWS;
-  if (tasks_m < threads) panel = std::min(panel, up((width * tasks_m + threads - 1) / threads, COLUMNS));
+  if (tasks_m < threads) panel = std::min(panel, up((width * tasks_m + threads - 1) / threads, columns));
   const int64_t tasks_n = (width + panel - 1) / panel;
-  const int64_t bytes = ROWS * 2 * half;  // a multiple of 64, as `half` is
+  const int64_t bytes = std::max(ROWS, GROUP_ROWS) * 2 * half;  // a multiple of 64, as `half` is
   int8_t* buffers = (int8_t*)std::aligned_alloc(64, bytes * threads);
   if (!buffers) return 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < tasks_m * tasks_n; ++task) {
     const int64_t m = task / tasks_n * TASK_ROWS, n = task % tasks_n * panel;
-    multiply_part(p, m, std::min(rows, m + TASK_ROWS), n, std::min(width, n + panel),
-                  buffers + bytes * omp_get_thread_num());
+    const int64_t row_end = std::min(rows, m + TASK_ROWS), end = std::min(width, n + panel);
+    int8_t* buffer = buffers + bytes * omp_get_thread_num();
+    if (groups) {
+      multiply_part<GROUP_ROWS, GROUP_COLUMNS, true>(p, m, row_end, n, end, buffer);
+    } else {
+      multiply_part<ROWS, COLUMNS, false>(p, m, row_end, n, end, buffer);
+    }
   }
   std::free(buffers);
   return 0;

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 def _library() -> ctypes.CDLL:
     library = load_library(SOURCE, vnni_flags())
     library.viditq_multiply_int4.restype = c_int
-    library.viditq_multiply_int4.argtypes = (*(c_void_p,) * 4, *(c_int64,) * 3, c_int)
+    library.viditq_multiply_int4.argtypes = (*(c_void_p,) * 5, *(c_int64,) * 3, c_int)
     return library
 
 
@@ -39,17 +39,18 @@ def kernel_name() -> str:
     return f"{instruction_set().lower()}{'-vnni' if vnni_flags() else ''}-s8s4"
 
 
-def multiply(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
-    """int8 [M, K] x packed 4-bit [N, H] (and scales of groups) -> fp32 [M, N], each int32 sum rounded once.
+def multiply(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None, scale_MG: Tensor | None = None) -> Tensor:
+    """int8 [M, K] x packed 4-bit [N, H] -> fp32 [M, N], each int32 sum rounded once.
 
+    With scales of groups of K for the channels [G, N], for the rows [M, G] or for both, their scaled sum.
     Raises MemoryError where there is none for a few rows of X.
     """
     x_MK, w_NH = x_MK.contiguous(), w_NH.contiguous()
-    scale_GN = None if scale_GN is None else scale_GN.contiguous()
+    scales = [None if scale is None else scale.contiguous() for scale in (scale_GN, scale_MG)]
     (rows, depth), width = x_MK.shape, w_NH.shape[0]
     out = torch.empty(rows, width, dtype=torch.float32)
-    operands = (x_MK.data_ptr(), w_NH.data_ptr(), None if scale_GN is None else scale_GN.data_ptr())
+    operands = [None if tensor is None else tensor.data_ptr() for tensor in (x_MK, w_NH, *scales, out)]
     threads = torch.get_num_threads()
-    if _library().viditq_multiply_int4(*operands, out.data_ptr(), rows, width, depth, threads):
+    if _library().viditq_multiply_int4(*operands, rows, width, depth, threads):
         raise MemoryError("viditq: no memory for the rows of an int4 GEMM")
     return out

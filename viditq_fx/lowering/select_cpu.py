@@ -11,6 +11,8 @@ fp32-exact             an fp32 GEMM of the integers (sliced where it could round
 4-bit weights, which stay 4 bits wide in memory:
 avx512-vnni-s8s4, avx512-s8s4, avx2-s8s4   our kernel, which reads them as they are stored
 fp32-exact-s8s4                            an fp32 GEMM of the integers, widened a few channels at a time
+Both add "-blocks" to their name where the input has a scale for each block of K: sums of blocks are exact, and are
+scaled and added in fp32. 4-bit inputs are multiplied as the int8 that they were before they were packed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from viditq_fx.ops.int4 import int4_unavailable
 from viditq_fx.ops.native import native_unavailable
 from viditq_fx.ops.onednn import ZERO_POINTS, onednn_is_exact
 
-_INPUT_BITS = {ops.LINEAR_W8A8.overload: 8, ops.LINEAR_W8A7.overload: 7, ops.LINEAR_W4A8.overload: 8}
+_BLOCKS = {ops.LINEAR_W4A8_BLOCK.overload: 8, ops.LINEAR_W4A4.overload: 4}
+"""Linears whose input has a scale for each block of K -> bits of their input."""
+_NIBBLES = {ops.LINEAR_W4A8.overload: 8, **_BLOCKS}
+"""Linears whose weight is packed two to a byte."""
+_INPUT_BITS = {ops.LINEAR_W8A8.overload: 8, ops.LINEAR_W8A7.overload: 7, **_NIBBLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +45,15 @@ class KernelChoice:
     reason: str | None = None
 
 
-def choose_cpu_kernel(bits: int, nibbles: bool = False) -> KernelChoice:
+def choose_cpu_kernel(bits: int, nibbles: bool = False, blocks: bool = False) -> KernelChoice:
     """The kernel for inputs of `bits` on this CPU; tries oneDNN, and builds ours, once in a process.
 
-    `nibbles`: for weights that are packed two to a byte.
+    `nibbles`: for weights that are packed two to a byte. `blocks`: the input has a scale for each block of K (then
+    weights are packed).
     """
     if nibbles:
-        missing = int4_unavailable()
-        return KernelChoice(kernel="fp32-exact-s8s4" if missing else int4_name(), reason=missing)
+        missing, suffix = int4_unavailable(), "-blocks" if blocks else ""
+        return KernelChoice(kernel=("fp32-exact-s8s4" if missing else int4_name()) + suffix, reason=missing)
     if onednn_is_exact(8):  # 32-bit accumulation, in hardware
         return KernelChoice(kernel=f"onednn-u{bits}")
     missing = native_unavailable()
@@ -76,24 +83,36 @@ def select_cpu_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
     for node in integer_linears(gm):
         if example(node).device.type != "cpu":
             continue
-        bits, nibbles = _INPUT_BITS[node.target], node.target is ops.LINEAR_W4A8.overload
-        choice = choices[node.name] = choose_cpu_kernel(bits, nibbles)
+        bits, nibbles = _INPUT_BITS[node.target], node.target in _NIBBLES
+        choice = choices[node.name] = choose_cpu_kernel(bits, nibbles, node.target in _BLOCKS)
         with gm.graph.inserting_before(node):
-            y = _spell(gm.graph, node, choice.kernel, bits)
+            y = _spell_int4(gm.graph, node) if nibbles else _spell(gm.graph, node, choice.kernel, bits)
         node.replace_all_uses_with(y)
+        packed = node.args[0]
         gm.graph.erase_node(node)
+        if isinstance(packed, fx.Node) and packed.target is ops.PACK_INT4.overload and not packed.users:
+            gm.graph.erase_node(packed)
     gm.recompile()
     return choices
+
+
+def _spell_int4(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A linear with packed weights as ops that compute it; matmul_s8s4 finds its kernel by itself."""
+    x, x_scale, w, w_scale, bias, dtype, *depth = node.args
+    blocks = node.target in _BLOCKS
+    if depth:  # packed too: here the int8 integers that it was packed from are multiplied
+        pack = isinstance(x, fx.Node) and x.target is ops.PACK_INT4.overload
+        x = x.args[0] if pack else call(graph, ops.UNPACK_INT4.overload, (x, *depth), node)  # type: ignore[union-attr]
+    grouped = isinstance(w_scale, fx.Node) and example(w_scale).dim() == 2
+    scales = (w_scale if grouped else None, *((x_scale,) if blocks else ()))
+    acc = call(graph, ops.MATMUL_S8S4.overload, (x, w, *scales), node)
+    operands = (acc, None if blocks else x_scale, None if grouped else w_scale, bias, dtype)
+    return call(graph, ops.LINEAR_EPILOGUE.overload, operands, node)
 
 
 def _spell(graph: fx.Graph, node: fx.Node, kernel: str, bits: int) -> fx.Node:
     """An integer linear as ops that compute it by that kernel."""
     x, x_scale, w, w_scale, bias, dtype = node.args
-    if node.target is ops.LINEAR_W4A8.overload:
-        grouped = isinstance(w_scale, fx.Node) and example(w_scale).dim() == 2
-        acc = call(graph, ops.MATMUL_S8S4.overload, (x, w, w_scale if grouped else None), node)
-        operands = (acc, x_scale, None if grouped else w_scale, bias, dtype)
-        return call(graph, ops.LINEAR_EPILOGUE.overload, operands, node)
     if kernel == "fp32-exact":
         widened = call(graph, torch.ops.aten.to.dtype, (x, torch.float32), node)
         acc = call(graph, ops.MATMUL_F32S8.overload, (widened, w), node)

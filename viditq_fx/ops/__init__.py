@@ -8,6 +8,7 @@ from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_CHANNEL, QUANTIZ
 from viditq_fx.ops.grid import DEQUANTIZE_WEIGHT_GRID, QUANTIZE_WEIGHT_GRID
 from viditq_fx.ops.int4 import MATMUL_S8S4
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.ops.native import LINEAR_S8S8, MATMUL_S8S8
 from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
@@ -17,6 +18,7 @@ from viditq_fx.ops.quantize import (
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_GROUP,
     DEQUANTIZE_PER_TOKEN,
+    QUANTIZE_PER_BLOCK,
     QUANTIZE_PER_CHANNEL,
     QUANTIZE_PER_GROUP,
     QUANTIZE_PER_TOKEN,
@@ -39,7 +41,9 @@ __all__ = [
     "LINEARS",
     "LINEAR_EPILOGUE",
     "LINEAR_S8S8",
+    "LINEAR_W4A4",
     "LINEAR_W4A8",
+    "LINEAR_W4A8_BLOCK",
     "LINEAR_W8A7",
     "LINEAR_W8A8",
     "LINEAR_W8A8_FP8",
@@ -52,6 +56,7 @@ __all__ = [
     "PACK_INT8",
     "QUANTIZE_FP8_PER_CHANNEL",
     "QUANTIZE_FP8_PER_TOKEN",
+    "QUANTIZE_PER_BLOCK",
     "QUANTIZE_PER_CHANNEL",
     "QUANTIZE_PER_GROUP",
     "QUANTIZE_PER_TOKEN",

@@ -1,10 +1,11 @@
-"""GEMM with 4-bit weights on a CPU: acc[m, n] = sum_k Xq[m, k] * Wq[n, k], exact; with groups, their scaled sum.
+"""GEMM with 4-bit weights on a CPU: acc[m, n] = sum_k Xq[m, k] * Wq[n, k], exact; or the scaled sum over groups of K.
 
 Our kernel reads the weight as it is stored. Without one (no C++ compiler, another CPU) a few rows of the weight at a
 time are widened for an fp32 GEMM of the integers, which is exact too. Either way only 4 bits stay in memory.
 
-Shapes: x_MK int8 [..., K], w uint8 [N, H] as `pack_int4` makes it, scales fp32 [ceil(K / 128), N] or none; result
-fp32 [..., N]: without scales the int32 sum, rounded once where it is beyond 2^24.
+Shapes: x_MK int8 [..., K], w uint8 [N, H] as `pack_int4` makes it, G = ceil(K / 128), scales of w's groups fp32 [G, N]
+or none, scales of x's blocks fp32 [..., G] or none; result fp32 [..., N]: without scales the int32 sum, rounded once
+where it is beyond 2^24.
 """
 
 from __future__ import annotations
@@ -35,20 +36,27 @@ def _wrong() -> str | None:
     """The largest operands first: a kernel that saturates is wrong on these."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         w = torch.full((11, 700), 7, dtype=torch.int8)
-        w[::3, ::5] = -7
+        w[::3, ::5] = -8
         signs = torch.ones(9, 1, dtype=torch.int8)
         signs[::2] = -1
         x, packed = (signs * 127).expand(9, 700).contiguous(), pack_int4(w)
-        for scales in (None, torch.ones(6, 11)):  # sums of integers below 2^24 are exact in fp32 too
-            if not torch.equal(int4_gemm.multiply(x, packed, scales), matmul_int4(x, packed, scales)):
+        ones = torch.ones(6, 11), torch.ones(9, 6)
+        for scales in (
+            (None, None),
+            (ones[0], None),
+            (None, ones[1]),
+        ):  # integers below 2^24 are exact in fp32 too
+            if not torch.equal(int4_gemm.multiply(x, packed, *scales), matmul_int4(x, packed, *scales)):
                 return f"our {int4_gemm.kernel_name()} kernel is not exact on this CPU"
     return None
 
 
-def matmul_s8s4(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
-    """The GEMM of this module's formula.
+def matmul_s8s4(
+    x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None, scale_MG: Tensor | None = None
+) -> Tensor:
+    """The GEMM of this module's formula; `scale_GN` are scales of w's groups, `scale_MG` of x's blocks.
 
-    Raises ValueError for operands that are not int8 and a packed weight of the same K.
+    Raises ValueError for operands that are not int8 and a packed weight of the same K, and for other scales.
     """
     depth, width = x_MK.shape[-1], w_NH.shape[0]
     if x_MK.dtype != torch.int8 or w_NH.dtype != torch.uint8 or w_NH.shape[1] != half_width(depth):
@@ -56,22 +64,30 @@ def matmul_s8s4(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
             f"matmul_s8s4: needs int8 [..., K] x uint8 [N, {half_width(depth)}]; got {x_MK.dtype} "
             f"{tuple(x_MK.shape)}, {w_NH.dtype} {tuple(w_NH.shape)}"
         )
+    groups = -(-depth // GROUP)
+    for scale, size in ((scale_GN, (groups, width)), (scale_MG, (*x_MK.shape[:-1], groups))):
+        if scale is not None and (scale.shape != size or scale.dtype != torch.float32):
+            raise ValueError(
+                f"matmul_s8s4: scales of K={depth} must be fp32 {size}; got {scale.dtype} {tuple(scale.shape)}"
+            )
     if x_MK.numel() == 0 or width == 0:
         return x_MK.new_zeros((*x_MK.shape[:-1], width), dtype=torch.float32)
-    x_2d = x_MK.reshape(-1, depth)
+    x_2d, s_2d = x_MK.reshape(-1, depth), None if scale_MG is None else scale_MG.reshape(-1, groups)
     if x_MK.device.type != "cpu" or int4_unavailable():
-        acc = _in_blocks(x_2d, w_NH, scale_GN)
+        acc = _in_blocks(x_2d, w_NH, scale_GN, s_2d)
     else:
-        acc = int4_gemm.multiply(x_2d, w_NH, scale_GN)
+        acc = int4_gemm.multiply(x_2d, w_NH, scale_GN, s_2d)
     return acc.reshape(*x_MK.shape[:-1], width)
 
 
-def _in_blocks(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
+def _in_blocks(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None, scale_MG: Tensor | None) -> Tensor:
     rows = max(1, BLOCK_BYTES // (4 * x_MK.shape[1]))
     parts = range(0, w_NH.shape[0], rows)
     return torch.cat(
         [
-            matmul_int4(x_MK, w_NH[i : i + rows], None if scale_GN is None else scale_GN[:, i : i + rows])
+            matmul_int4(
+                x_MK, w_NH[i : i + rows], None if scale_GN is None else scale_GN[:, i : i + rows], scale_MG
+            )
             for i in parts
         ],
         dim=1,
@@ -82,19 +98,22 @@ def _samples(device: torch.device) -> Iterator[Sample]:
     gen = torch.Generator(device=device).manual_seed(0)
     for batch, depth, width in (((2, 9), 40, 24), ((17,), 333, 7), ((1,), 1152, 16)):
         x = torch.randint(-127, 128, (*batch, depth), generator=gen, dtype=torch.int8, device=device)
-        w = torch.randint(-7, 8, (width, depth), generator=gen, dtype=torch.int8, device=device)
-        scales = torch.rand(-(-depth // GROUP), width, generator=gen, device=device)
+        w = torch.randint(-8, 8, (width, depth), generator=gen, dtype=torch.int8, device=device)
+        scale_GN = torch.rand(-(-depth // GROUP), width, generator=gen, device=device)
+        scale_MG = torch.rand(*batch, -(-depth // GROUP), generator=gen, device=device)
         label = f"{'x'.join(map(str, batch))}-k{depth}-n{width}"
         yield Sample(label=label, args=(x, pack_int4(w), None))
-        yield Sample(label=f"{label}-groups", args=(x, pack_int4(w), scales))
+        yield Sample(label=f"{label}-groups", args=(x, pack_int4(w), scale_GN))
+        yield Sample(label=f"{label}-blocks", args=(x, pack_int4(w), None, scale_MG))
+        yield Sample(label=f"{label}-groups-blocks", args=(x, pack_int4(w), scale_GN, scale_MG))
 
 
 MATMUL_S8S4 = register(
     QuantOp(
         name="matmul_s8s4",
-        schema="(Tensor x, Tensor w, Tensor? group_scale) -> Tensor",
+        schema="(Tensor x, Tensor w, Tensor? group_scale, Tensor? block_scale=None) -> Tensor",
         reference=matmul_s8s4,
-        fake=lambda x, w, group_scale: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32),
+        fake=lambda x, w, *scales: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32),
         samples=_samples,
     )
 )

@@ -50,10 +50,16 @@ def exact_int_matmul(x_MK: Tensor, w_NK: Tensor, exact_depth: int = EXACT_K) -> 
 
 
 def linear_epilogue(
-    acc: Tensor, scale_M: Tensor, scale_N: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
+    acc: Tensor,
+    scale_M: Tensor | None,
+    scale_N: Tensor | None,
+    bias_N: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """acc [..., N] -> acc * s_M * s_N (+ bias) in fp32, cast once to `out_dtype`; no s_N where acc has it already."""
-    y = acc.to(torch.float32) * scale_M
+    """acc [..., N] -> acc * s_M * s_N (+ bias) in fp32, cast once to `out_dtype`; no scale that acc has already."""
+    y = acc.to(torch.float32)
+    if scale_M is not None:
+        y = y * scale_M
     if scale_N is not None:
         y = y * scale_N
     if bias_N is not None:

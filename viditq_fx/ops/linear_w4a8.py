@@ -28,20 +28,26 @@ EXACT_DEPTH = 2**24 // (127 * 8)
 """Largest K for which any sum of int8 x int4 products is below 2^24: wider than any DiT's linear."""
 
 
-def matmul_int4(x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None) -> Tensor:
+def matmul_int4(
+    x_MK: Tensor, w_NH: Tensor, scale_GN: Tensor | None, scale_MG: Tensor | None = None
+) -> Tensor:
     """int8 [M, K] x packed 4-bit [N, H] -> fp32 [M, N]: the exact sum, or the scaled sum over groups.
 
-    One fp32 GEMM of integers where K <= EXACT_DEPTH, else int32 sums of several.
+    `scale_GN` has a scale for each output channel and group of K, `scale_MG` one for each row of x and group.
+    Without both: one fp32 GEMM of integers where K <= EXACT_DEPTH, else int32 sums of several.
     """
     depth = x_MK.shape[-1]
     w_NK = unpack_int4(w_NH, depth)
-    if scale_GN is None:
+    if scale_GN is None and scale_MG is None:
         return exact_int_matmul(x_MK, w_NK, EXACT_DEPTH).to(torch.float32)
     acc = torch.zeros(x_MK.shape[0], w_NH.shape[0], dtype=torch.float32, device=x_MK.device)
-    for group, scale_N in enumerate(scale_GN):
+    for group in range(-(-depth // GROUP)):
         inside = slice(group * GROUP, (group + 1) * GROUP)
         with without_autocast(x_MK):
-            acc += x_MK[:, inside].to(torch.float32) @ w_NK[:, inside].to(torch.float32).t() * scale_N
+            part = x_MK[:, inside].to(torch.float32) @ w_NK[:, inside].to(torch.float32).t()
+        if scale_MG is not None:
+            part = part * scale_MG[:, group, None]
+        acc += part if scale_GN is None else part * scale_GN[group]
     return acc
 
 

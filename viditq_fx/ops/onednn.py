@@ -162,6 +162,7 @@ def _epilogue_samples(device: torch.device) -> Iterator[Sample]:
     scale_N = torch.rand(8, generator=gen, device=device)
     yield Sample(label="bias", args=(acc, scale_M, scale_N, torch.ones(8, device=device), torch.bfloat16))
     yield Sample(label="no-w-scale", args=(acc.float(), scale_M, None, None, torch.float32))
+    yield Sample(label="no-x-scale", args=(acc.float(), None, scale_N, None, torch.float16))
     yield Sample(label="no-bias", args=(acc.float(), scale_M, scale_N, None, torch.float32))
 
 
@@ -195,7 +196,7 @@ MATMUL_F32S8 = register(
 LINEAR_EPILOGUE = register(
     QuantOp(
         name="linear_epilogue",
-        schema="(Tensor acc, Tensor x_scale, Tensor? w_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
+        schema="(Tensor acc, Tensor? x_scale, Tensor? w_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
         reference=linear_epilogue,
         fake=None,
         samples=_epilogue_samples,

@@ -6,6 +6,8 @@ padded     w_q int8 [N, Kp] with Kp = K rounded up to `multiple` and zeros in th
 int4       w_q uint8 [N, H], H = half of K padded to 128: byte j of a row holds weight j in its low four bits and
            weight j + H in its high ones, two's complement, zeros where K is padded. Halves and not neighbours,
            so that a tile of bytes is two tiles of K and nothing is interleaved when it is widened.
+           4-bit activations [..., K] are packed the same way, at run time: so `pack_int4` is composed of aten ops,
+           which Inductor fuses with what made the integers.
 """
 
 from __future__ import annotations
@@ -58,30 +60,34 @@ def read_int8(w: Tensor) -> Tensor:
     return plain_weight(w).clone(memory_format=torch.contiguous_format)
 
 
-def pack_int4(w_NK: Tensor) -> Tensor:
-    """int8 [N, K] of integers in [-8, 7] -> uint8 [N, H], two to a byte (see the module's layout).
+def pack_int4(q: Tensor) -> Tensor:
+    """int8 [..., K] of integers in [-8, 7] -> uint8 [..., H], two to a byte (see the module's layout).
 
-    Raises ValueError for another dtype or rank, or an integer that four bits do not hold.
+    Raises ValueError for another dtype or no dimension, and for an integer that four bits do not hold. Only plain
+    tensors on a CPU are searched for one: reading a value would wait for a device, and tracing has none.
     """
-    _check(w_NK, "pack_int4")
-    if w_NK.numel() and (int(w_NK.min()) < -8 or int(w_NK.max()) > 7):
-        raise ValueError("pack_int4: four bits hold -8 to 7; the weight has integers outside")
-    half = half_width(w_NK.shape[1])
-    padded = F.pad(w_NK, (0, 2 * half - w_NK.shape[1])).view(torch.uint8)
-    return (padded[:, :half] & 15) | (padded[:, half:] << 4)
+    if q.dtype != torch.int8 or q.dim() == 0:
+        raise ValueError(f"pack_int4: 4-bit integers come as int8 [..., K]; got {q.dtype} {tuple(q.shape)}")
+    if type(q) is Tensor and q.device.type == "cpu" and q.numel():
+        smallest, largest = (int(bound) for bound in torch.aminmax(q))
+        if smallest < -8 or largest > 7:
+            raise ValueError(f"pack_int4: four bits hold -8 to 7; got integers from {smallest} to {largest}")
+    half = half_width(q.shape[-1])
+    padded = F.pad(q, (0, 2 * half - q.shape[-1])).view(torch.uint8)
+    return (padded[..., :half] & 15) | (padded[..., half:] << 4)
 
 
-def unpack_int4(w_packed: Tensor, depth: int) -> Tensor:
-    """uint8 [N, H] -> int8 [N, depth]: the inverse of `pack_int4`.
+def unpack_int4(packed: Tensor, depth: int) -> Tensor:
+    """uint8 [..., H] -> int8 [..., depth]: the inverse of `pack_int4`.
 
-    Raises ValueError for another dtype or rank, or where H is not that of K = `depth`.
+    Raises ValueError for another dtype or no dimension, or where H is not that of K = `depth`.
     """
-    if w_packed.dtype != torch.uint8 or w_packed.dim() != 2 or w_packed.shape[1] != half_width(depth):
+    if packed.dtype != torch.uint8 or packed.dim() == 0 or packed.shape[-1] != half_width(depth):
         raise ValueError(
-            f"unpack_int4: a packed weight of K={depth} is uint8 [N, {half_width(depth)}]; got {w_packed.dtype} "
-            f"{tuple(w_packed.shape)}"
+            f"unpack_int4: packed integers of K={depth} are uint8 [..., {half_width(depth)}]; got {packed.dtype} "
+            f"{tuple(packed.shape)}"
         )
-    both = torch.cat([w_packed & 15, w_packed >> 4], dim=1)[:, :depth]
+    both = torch.cat([packed & 15, packed >> 4], dim=-1)[..., :depth]
     # Not shifts of int8: Inductor's C++ does them in int, which keeps what should have been shifted out.
     return (both ^ 8).to(torch.int8) - 8
 
@@ -105,9 +111,9 @@ def _read_samples(device: torch.device) -> Iterator[Sample]:
 
 def _int4_weights(device: torch.device) -> Iterator[tuple[str, Tensor]]:
     gen = torch.Generator(device=device).manual_seed(0)
-    for rows, depth in ((8, 256), (5, 17), (3, 129)):
-        w = torch.randint(-7, 8, (rows, depth), generator=gen, device=device, dtype=torch.int8)
-        yield f"{rows}x{depth}", w
+    for shape in ((8, 256), (5, 17), (3, 129), (2, 3, 130), (40,)):
+        q = torch.randint(-8, 8, shape, generator=gen, device=device, dtype=torch.int8)
+        yield "x".join(map(str, shape)), q
 
 
 def _pack_int4_samples(device: torch.device) -> Iterator[Sample]:
@@ -117,7 +123,7 @@ def _pack_int4_samples(device: torch.device) -> Iterator[Sample]:
 
 def _unpack_int4_samples(device: torch.device) -> Iterator[Sample]:
     for label, w in _int4_weights(device):
-        yield Sample(label=label, args=(pack_int4(w), w.shape[1]))
+        yield Sample(label=label, args=(pack_int4(w), w.shape[-1]))
 
 
 def _unpack_samples(device: torch.device) -> Iterator[Sample]:
@@ -157,7 +163,7 @@ PACK_INT4 = register(
         name="pack_int4",
         schema="(Tensor w) -> Tensor",
         reference=pack_int4,
-        fake=lambda w: w.new_empty((w.shape[0], half_width(w.shape[1])), dtype=torch.uint8),
+        fake=None,
         samples=_pack_int4_samples,
     )
 )
@@ -166,7 +172,7 @@ UNPACK_INT4 = register(
         name="unpack_int4",
         schema="(Tensor w_packed, int depth) -> Tensor",
         reference=unpack_int4,
-        fake=lambda w_packed, depth: w_packed.new_empty((w_packed.shape[0], depth), dtype=torch.int8),
+        fake=lambda w_packed, depth: w_packed.new_empty((*w_packed.shape[:-1], depth), dtype=torch.int8),
         samples=_unpack_int4_samples,
     )
 )

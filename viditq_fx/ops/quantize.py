@@ -1,13 +1,15 @@
 """Quantize and dequantize: x ~= s * q with symmetric integers q and fp32 scales s.
 
-    s = max(max|x|, EPS) / qmax        one per token (row) or per output channel
+    s = max(max|x|, EPS) / qmax        one per token (row), per output channel, or per block or group of K in them
     q = clamp(round_half_even(x / s), -qmax, qmax)        qmax = 2^(bits-1) - 1
 
 A NaN or an infinity in a row makes that row's scale NaN or inf and its integers 0, so what is
-computed from it is NaN in the same row and nowhere else. An all-zero row has scale EPS / qmax.
+computed from it is NaN in the same row and nowhere else. An all-zero row has scale EPS / qmax. Where a row has a scale
+for each block of K, this holds for the block: what sums over blocks is NaN in that row all the same.
 
 Shapes: x_MK [..., K], q_MK int8 [..., K], s_M fp32 [..., 1]; w_NK [N, K], q_NK int8, s_N fp32 [N]. With groups of
-input channels each has a scale of its own, s_GN fp32 [G, N], G = ceil(K / group): the last may be short.
+input channels each has a scale of its own, s_GN fp32 [G, N], G = ceil(K / group): the last may be short. So have
+blocks of a token's channels, s_MG fp32 [..., G].
 """
 
 from __future__ import annotations
@@ -81,6 +83,34 @@ def quantize_per_group(w_NK: Tensor, bits: int, group: int) -> tuple[Tensor, Ten
     return q_NGK.reshape(width, -1)[:, :depth].contiguous(), scale_NG1.squeeze(-1).t().contiguous()
 
 
+def quantize_per_block(x_MK: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """x [..., K] -> (q int8 [..., K], s fp32 [..., ceil(K / block)]): one scale per token and `block` input channels.
+
+    The block-wise form of ARQ's scale of the live activations, DVD-Quant section 3.3 (equations 9 and 10).
+    Raises ValueError for `bits` outside 2..8, a block below 1, no dimension or K == 0.
+    """
+    _check_bits(bits)
+    if x_MK.dim() == 0 or x_MK.shape[-1] == 0 or block < 1:
+        raise ValueError(
+            f"quantize_per_block: a token is the last dimension, of K >= 1, and a block at least 1; got shape "
+            f"{tuple(x_MK.shape)}, {block}"
+        )
+    *rows, depth = x_MK.shape
+    whole = depth // block
+    parts: list[tuple[Tensor, Tensor]] = []
+    if whole:
+        q_MGK, scale_MG1 = _quantize_rows(x_MK[..., : whole * block].reshape(*rows, whole, block), bits)
+        parts.append((q_MGK.reshape(*rows, whole * block), scale_MG1.squeeze(-1)))
+    if (
+        depth % block
+    ):  # apart and not padded: Inductor's C++ reads a padded reshape that is cut again out of bounds
+        parts.append(_quantize_rows(x_MK[..., whole * block :], bits))
+    q_MK, scale_MG = (
+        torch.cat(each, dim=-1) if len(parts) == 2 else each[0] for each in zip(*parts, strict=True)
+    )
+    return q_MK.contiguous(), scale_MG.contiguous()
+
+
 def dequantize_per_token(q_MK: Tensor, scale_M: Tensor, dtype: torch.dtype) -> Tensor:
     """(q int8 [..., K], s fp32 [..., 1]) -> s * q in `dtype`, [..., K]."""
     return (q_MK.to(torch.float32) * scale_M).to(dtype)
@@ -116,6 +146,13 @@ def fake_per_group(w_NK: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]
     return w_NK.new_empty((width, depth), dtype=torch.int8), scale_GN
 
 
+def fake_per_block(x_MK: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """What quantize_per_block returns, without values."""
+    *rows, depth = x_MK.shape
+    scale_MG = x_MK.new_empty((*rows, -(-depth // block)), dtype=torch.float32)
+    return x_MK.new_empty(x_MK.shape, dtype=torch.int8), scale_MG
+
+
 def fake_dequantized(q: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     """What every op that dequantizes returns, without values; the dtype is its last argument."""
     return torch.empty_like(q, dtype=rest[-1])
@@ -147,6 +184,16 @@ def _group_samples(device: torch.device) -> Iterator[Sample]:
     for label, depth, group in (("even", 64, 32), ("short last group", 75, 32), ("one group", 20, 32)):
         w = torch.randn(6, depth, generator=gen, device=device)
         yield Sample(label=label, args=(w, 4, group))
+
+
+def _block_samples(device: torch.device) -> Iterator[Sample]:
+    gen = _generator(device)
+    for bits, depth, block in ((8, 64, 32), (4, 75, 32), (4, 20, 32)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(2, 3, depth, generator=gen, device=device).to(dtype)
+            yield Sample(label=f"{bits}-bit-k{depth}-{dtype}", args=(x, bits, block))
+    yield Sample(label="one-token", args=(torch.randn(300, generator=gen, device=device), 8, 128))
+    yield Sample(label="non-contiguous", args=(torch.randn(16, 6, generator=gen, device=device).t(), 4, 8))
 
 
 def _dequantize_token_samples(device: torch.device) -> Iterator[Sample]:
@@ -219,5 +266,14 @@ DEQUANTIZE_PER_GROUP = register(
         reference=dequantize_per_group,
         fake=None,
         samples=_dequantize_group_samples,
+    )
+)
+QUANTIZE_PER_BLOCK = register(
+    QuantOp(
+        name="quantize_per_block",
+        schema="(Tensor x, int bits, int block) -> (Tensor, Tensor)",
+        reference=quantize_per_block,
+        fake=None,
+        samples=_block_samples,
     )
 )
