@@ -158,6 +158,15 @@ def test_memory_layout_does_not_matter_and_nothing_is_written(dtype):
     assert torch.equal(w, before)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_parameter_is_a_weight_like_any_other(grid):
+    w = torch.nn.Parameter(torch.randn(4, 16))
+    for got, want in zip(
+        quantize_weight_grid(w, 4, 8, grid), quantize_weight_grid(w.detach(), 4, 8, grid), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
 def test_no_rows():
     q, scale, zero = quantize_weight_grid(torch.empty(0, 8), 4, 4, "bgr")
     assert (q.shape, scale.shape, zero.shape) == ((0, 8), (2, 0), (2, 0))

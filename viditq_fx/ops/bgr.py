@@ -30,7 +30,7 @@ StopRule = Literal["corrected", "printed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """How BGR searches. The paper gives neither n nor epsilon; these are where the error stops falling."""
+    """How BGR searches. The paper gives neither n nor epsilon: these are ours (see docs/methods.md)."""
 
     bounds: int = 10
     """n: ranges tried are the whole one less 0, 1, ... < n/2 n-ths on either side. 1 refines from min-max alone."""

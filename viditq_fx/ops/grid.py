@@ -51,11 +51,12 @@ def fit_weight_grid(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w [N, K] -> (q int8 [N, K], scale fp32 [N] or [G, N], zero fp32 likewise); `refinement` None is min-max.
 
-    Memory beyond the result: some five times CPU_CHUNK (or DEVICE_CHUNK) fp32 elements, or five rows.
+    Memory beyond the result goes with CPU_CHUNK (or DEVICE_CHUNK, or one row if that is longer), not with w.
 
     Raises ValueError for bits outside 2..8, a negative group, or a weight that is not floating point [N, K >= 1].
     """
     _check(w_NK, bits, group)
+    w_NK = w_NK.detach()
     width, depth = w_NK.shape
     length = group or depth
     q_NK = w_NK.new_empty((width, depth), dtype=torch.int8)
