@@ -131,7 +131,8 @@ def _switching(ours: dict[str, Any]) -> dict[str, Any]:
     """Take a switched pair of schemes and its rule out of the options. Raises OptionError."""
     asked = {key: value for key, value in ours.items() if key in _RULE_OPTIONS}
     ours = {key: value for key, value in ours.items() if key not in asked}
-    pair = SWITCHED.get(ours.get("scheme")) if isinstance(ours.get("scheme"), str) else None
+    name = ours.get("scheme")
+    pair = SWITCHED.get(name) if isinstance(name, str) else None
     if pair is not None:
         ours |= {
             "scheme": QuantScheme.parse(pair[1]),

@@ -304,7 +304,7 @@ class QuantLinear(nn.Module):
             return problem
         if "weight" in found:
             q, *vectors = quantize_weight(found["weight"].flatten(1), self._form())
-            given = dict(zip(("weight_scale", "weight_zero"), vectors, strict=False))
+            given: dict[str, Tensor] = dict(zip(("weight_scale", "weight_zero"), vectors, strict=False))
         else:
             q, given = found["weight_q"], {name: found[name] for name in self._vectors()}
         for name, value in given.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from viditq_fx.errors import ViditqError
@@ -67,7 +68,7 @@ class SwitchingGraph:
 
 def _tensors(result: Any) -> list[Tensor]:
     """The floating-point tensors of a call's result: a tensor, or tensors in tuples, dicts and dataclasses."""
-    leaves = torch.utils._pytree.tree_leaves(result)
+    leaves = tree_leaves(result)
     more = [vars(leaf).values() for leaf in leaves if hasattr(leaf, "__dataclass_fields__")]
     leaves += [value for values in more for value in values]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -78,14 +79,14 @@ class _Follower:
 
     def __init__(self, model: nn.Module, rule: SwitchRule, name: str) -> None:
         self.switch, self._name = BitSwitch(rule), name
+        outside: Any = torch.compiler.disable  # it waits for the device and counts: no part of a graph
         self._tokens: list[Any] = []
         self.handles = [
-            model.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self.after, always_call=True),
+            model.register_forward_pre_hook(outside(self.before), with_kwargs=True, prepend=True),
+            model.register_forward_hook(outside(self.after), always_call=True),
         ]
         self._running: ContextVar[tuple[Any, Any] | None] = ContextVar("viditq_running", default=None)
 
-    @torch.compiler.disable
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = timestep_value(model, self._name, args, kwargs)
         if timestep is None:
@@ -97,7 +98,6 @@ class _Follower:
         bits, generation = self.switch.begin(torch.as_tensor(timestep), shapes)
         self._running.set((_DECIDED.set(bits), generation))
 
-    @torch.compiler.disable
     def after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         running = self._running.get()
         if running is None:  # `before` raised

@@ -88,7 +88,7 @@ def scheme_of_linear(node: fx.Node) -> str:
     quantize, bits = _input_quantize(node), _BITS[op_name(node)]
     rotates = False
     if quantize is not None:
-        rotates = quantize.target is ops.ROTATE_QUANTIZE.overload and quantize.args[2] != 1
+        rotates = quantize.target is ops.ROTATE_QUANTIZE.overload and bool(quantize.args[2] != 1)
         bits = int(quantize.args[_BITS_AT[quantize.target]])  # type: ignore[call-overload]
     return str(
         QuantScheme(
