@@ -20,6 +20,7 @@ from viditq_fx.ops.quantize import (
     QUANTIZE_PER_GROUP,
     QUANTIZE_PER_TOKEN,
 )
+from viditq_fx.ops.rotate import ROTATE, ROTATE_QUANTIZE, TRANSFORM_WEIGHT
 from viditq_fx.ops.weight_forms import LINEARS
 
 __all__ = [
@@ -49,7 +50,10 @@ __all__ = [
     "QUANTIZE_PER_GROUP",
     "QUANTIZE_PER_TOKEN",
     "READ_INT8",
+    "ROTATE",
+    "ROTATE_QUANTIZE",
     "SHIFT_TO_U8",
+    "TRANSFORM_WEIGHT",
     "UNPACK_INT4",
     "UNPACK_INT8",
     "QuantOp",
