@@ -21,7 +21,7 @@ from viditq_fx.cli.target import TargetError, load_target
 from viditq_fx.demo.config import DemoConfig, DemoError, parse_schemes
 from viditq_fx.demo.output import OutputFolder
 from viditq_fx.errors import SchemeError
-from viditq_fx.inspection.files import write_whole
+from viditq_fx.whole_file import write_whole
 
 TARGETS = """
 import torch

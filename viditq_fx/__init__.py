@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from viditq_fx.calibration.run import calibrate
     from viditq_fx.errors import (
         OptionError,
+        RecipeError,
         ReleasedWeightError,
         SchemeError,
         StrictError,
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from viditq_fx.ops.packed_weights import repack
     from viditq_fx.quant_linear import QuantLinear, QuantPointwiseConv
     from viditq_fx.quantize import quantize_
+    from viditq_fx.recipe import Recipe, SitePlan
     from viditq_fx.scheme import QuantScheme, available_schemes
 
 __version__ = "0.1.0"
@@ -27,12 +30,16 @@ _HOMES = {
     "QuantLinear": "viditq_fx.quant_linear",
     "QuantPointwiseConv": "viditq_fx.quant_linear",
     "QuantScheme": "viditq_fx.scheme",
+    "Recipe": "viditq_fx.recipe",
+    "RecipeError": "viditq_fx.errors",
     "ReleasedWeightError": "viditq_fx.errors",
     "SchemeError": "viditq_fx.errors",
+    "SitePlan": "viditq_fx.recipe",
     "StrictError": "viditq_fx.errors",
     "ViditqError": "viditq_fx.errors",
     "WeightError": "viditq_fx.errors",
     "available_schemes": "viditq_fx.scheme",
+    "calibrate": "viditq_fx.calibration.run",
     "explain": "viditq_fx.inspection",
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
@@ -43,13 +50,17 @@ __all__ = [
     "QuantLinear",
     "QuantPointwiseConv",
     "QuantScheme",
+    "Recipe",
+    "RecipeError",
     "ReleasedWeightError",
     "SchemeError",
+    "SitePlan",
     "StrictError",
     "ViditqError",
     "WeightError",
     "__version__",
     "available_schemes",
+    "calibrate",
     "explain",
     "quantize_",
     "repack",

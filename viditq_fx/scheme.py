@@ -151,7 +151,9 @@ class QuantScheme:
             return cls(weight_bits=8, input_bits=8, floating=True)
         match = _NAME.match(_ALIASES.get(text, text))
         if match is None:
-            raise SchemeError(f"unknown scheme {name!r}{_nearest(text)}; choose one such as {available_schemes()}")
+            raise SchemeError(
+                f"unknown scheme {name!r}{_nearest(text)}; choose one such as {available_schemes()}"
+            )
         fields: dict[str, object] = {}
         for suffix in filter(None, match[3].split("-")):
             added = _SUFFIXES.get(suffix)
