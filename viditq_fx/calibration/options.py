@@ -69,8 +69,8 @@ def read_options(
     keep: str | Sequence[str],
     balance: str | float | None,
     rotation: str | None,
-    alpha: float | None,
-    alpha_repo: float | None,
+    alpha: float | None = None,
+    alpha_repo: float | None = None,
     **rest: Any,
 ) -> CalibrationOptions:
     """Options from the arguments of `calibrate`. Raises RecipeError, SchemeError or OptionError for wrong ones."""
