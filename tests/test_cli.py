@@ -21,7 +21,8 @@ from viditq_fx.cli.target import TargetError, load_target
 from viditq_fx.demo.config import DemoConfig, DemoError, parse_schemes
 from viditq_fx.demo.output import OutputFolder
 from viditq_fx.errors import SchemeError
-from viditq_fx.inspection.files import write_whole
+from viditq_fx.recipe import Recipe
+from viditq_fx.whole_file import write_whole
 
 TARGETS = """
 import torch
@@ -40,6 +41,10 @@ class Block(nn.Module):
 
 def three():
     return nn.Sequential(nn.Linear(8, 64), Block(), nn.Linear(64, 8)), (torch.ones(40, 8),), {}
+
+def samples():
+    model, args, kwargs = three()
+    return model, [(args, kwargs)] * 3
 
 def two():
     return Block(), {"x": torch.ones(40, 64)}
@@ -109,7 +114,7 @@ def test_help_is_quick_because_torch_is_not_imported():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "explain", "doctor"):
+    for command in ("demo", "explain", "calibrate", "doctor"):
         assert command in done.stdout
 
 
@@ -403,3 +408,35 @@ def test_doctor_stops_at_a_missing_torch(monkeypatch):
     lost = Finding(name="torch", state="missing", detail="not installed")
     monkeypatch.setattr(doctor_module, "_torch", lambda: lost)
     assert examine(None)[-1] is lost
+
+
+def test_calibrate_writes_a_recipe_and_says_what_it_decided(run, targets, tmp_path):
+    code, out, err = run(
+        "calibrate", "viditq_targets:samples", "--out", tmp_path / "r", "--scheme", "w8a8", "--rows", "8"
+    )
+    assert code == 0, err
+    assert "2 sites: " in out
+    assert "3 samples, 3 calls of the model" in out
+    recipe = Recipe.load(tmp_path / "r")
+    assert set(recipe.sites) == {"1.up", "1.down"}
+    assert "output error" in recipe.sites["1.up"].reason
+    given = ("--balance", "0.5", "--rotation", "on", "--rows", "0")
+    code, _, err = run("calibrate", "viditq_targets:three", "--out", tmp_path / "one", *given)
+    assert code == 0, err
+    assert Recipe.load(tmp_path / "one").sites["1.up"].rotation == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--balance", "half"), "balance='half'"),
+        (("--scheme", "w9a9"), "w9a9"),
+        (("--rows", "0"), "rows=0 keeps no rows"),
+        (("--scheme", "w8a8-timestep"), "has no argument timestep"),
+    ],
+)
+def test_calibrate_tells_mistakes_in_one_line(run, targets, tmp_path, arguments, part):
+    assert_one_line_error(
+        run("calibrate", "viditq_targets:samples", "--out", tmp_path / "r", *arguments), part
+    )
+    assert not (tmp_path / "r").exists()

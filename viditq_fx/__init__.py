@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from viditq_fx.calibration.run import calibrate
     from viditq_fx.errors import (
         OptionError,
         RecipeError,
@@ -32,12 +33,16 @@ _HOMES = {
     "QuantLinear": "viditq_fx.quant_linear",
     "QuantPointwiseConv": "viditq_fx.quant_conv",
     "QuantScheme": "viditq_fx.scheme",
+    "Recipe": "viditq_fx.recipe",
+    "RecipeError": "viditq_fx.errors",
     "ReleasedWeightError": "viditq_fx.errors",
     "SchemeError": "viditq_fx.errors",
+    "SitePlan": "viditq_fx.recipe",
     "StrictError": "viditq_fx.errors",
     "ViditqError": "viditq_fx.errors",
     "WeightError": "viditq_fx.errors",
     "available_schemes": "viditq_fx.scheme",
+    "calibrate": "viditq_fx.calibration.run",
     "explain": "viditq_fx.inspection",
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
@@ -66,6 +71,7 @@ __all__ = [
     "WeightError",
     "__version__",
     "available_schemes",
+    "calibrate",
     "explain",
     "forced_bits",
     "generation",

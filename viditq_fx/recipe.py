@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from viditq_fx.errors import RecipeError
+from viditq_fx.recipe_fields import Fields
+from viditq_fx.recipe_file import JSON_FILE, read_recipe, write_recipe
 from viditq_fx.scheme import QuantScheme
+from viditq_fx.site import site_of_module
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,3 +51,159 @@ class Recipe:
     """Name of the argument of the model's forward that holds the timestep."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model class, samples, versions, options: plain JSON values."""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(N, K) of every linear that calibration saw, those in full precision too; what `check` compares."""
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write recipe.json and recipe.safetensors into a folder (docs/recipe_format.md), which is made.
+
+        Raises RecipeError where they cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        sites: dict[str, Any] = {}
+        for path, plan in sorted(self.sites.items()):
+            entry: dict[str, Any] = {"scheme": None if plan.scheme is None else str(plan.scheme)}
+            if plan.rotation != 1:
+                entry["rotation"] = plan.rotation
+            if plan.reason is not None:
+                entry["reason"] = plan.reason
+            for name in ("multiplier", "input_scale"):
+                value = getattr(plan, name)
+                if value is not None:  # sites that share a tensor share it in the file
+                    entry[name] = names.setdefault(id(value), f"{path}:{name}")
+                    tensors[entry[name]] = value.detach().cpu()
+            sites[path] = entry
+        document = {
+            "scheme": str(self.scheme),
+            "keep": list(self.keep),
+            "edges": list(self.edges),
+            "timestep": self.timestep,
+            "sites": sites,
+            "shapes": {path: list(shape) for path, shape in self.shapes.items()},
+            "provenance": dict(self.provenance),
+        }
+        return write_recipe(folder, document, tensors)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Recipe:
+        """Read what `save` wrote. Raises RecipeError, naming the file, for anything that `save` would not write."""
+        document, tensors = read_recipe(folder)
+        fields = Fields(str(Path(folder) / JSON_FILE), document)
+        fields.only(*_FIELDS)
+        scheme = fields.scheme("scheme", required=True)
+        assert scheme is not None
+        edges = fields.rising("edges")
+        sites = Fields(f"{fields.where}: sites", fields.get("sites", dict))
+        return cls(
+            scheme=scheme,
+            sites={
+                path: _read_plan(sites, path, entry, tensors, len(edges) + 1) for path, entry in sites.items()
+            },
+            keep=tuple(fields.list_of("keep", str)),
+            edges=edges,
+            timestep=fields.get("timestep", str, None),
+            provenance=fields.get("provenance", dict, {}),
+            shapes=_read_shapes(Fields(f"{fields.where}: shapes", fields.get("shapes", dict, {}))),
+        )
+
+    def check(self, model: nn.Module, *, strict: bool = True) -> RecipeFit:
+        """Compare the recipe with a model's linears by path and shape.
+
+        Raises RecipeError, listing all that does not fit, where a site is missing or reshaped, and under `strict`
+        also where the model has linears that calibration never saw.
+        """
+        named = {site_of_module(path).fqn: module for path, module in model.named_modules()}
+        expected = {path: self.shapes.get(path) for path in {*self.sites, *self.shapes}}
+        missing = sorted(path for path in expected if path not in named)
+        reshaped = {
+            path: (shape, _shapes_of(named[path]))
+            for path, shape in sorted(expected.items())
+            if path in named and shape is not None and shape not in _shapes_of(named[path])
+        }
+        extra = [path for path, m in sorted(named.items()) if _is_linear(m) and path not in expected]
+        fit = RecipeFit(missing=tuple(missing), extra=tuple(extra), reshaped=reshaped)
+        if missing or reshaped or (strict and extra):
+            raise RecipeError(f"the recipe does not fit this {type(model).__name__}:\n{fit}")
+        return fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFit:
+    """How a recipe and a model differ; empty where they do not."""
+
+    missing: tuple[str, ...] = ()
+    """Linears of the recipe that the model has not."""
+    extra: tuple[str, ...] = ()
+    """Linears of the model that calibration did not see."""
+    reshaped: Mapping[str, tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = field(default_factory=dict)
+    """Path -> ((N, K) of the recipe, (N, K) of what the model has there)."""
+
+    def __str__(self) -> str:
+        lines = [f"  {path}: the model has no such module" for path in self.missing]
+        lines += [
+            f"  {path}: [N, K] = {list(was)} in the recipe, {' or '.join(map(str, map(list, now))) or 'none'} here"
+            for path, (was, now) in self.reshaped.items()
+        ]
+        lines += [f"  {path}: calibration never saw this linear" for path in self.extra]
+        return "\n".join(lines) or "  nothing differs"
+
+
+_FIELDS = ("format", "version", "tensors_sha256", "scheme", "keep", "edges", "timestep", "sites", "shapes")
+_FIELDS += ("provenance",)
+
+
+def _read_plan(sites: Fields, path: str, entry: Any, tensors: Mapping[str, Tensor], ranges: int) -> SitePlan:
+    fields = Fields(f"{sites.where}: {path!r}", entry)
+    fields.only("scheme", "rotation", "reason", "multiplier", "input_scale")
+    scheme, rotation = fields.scheme("scheme", required=False), fields.get("rotation", int, 1)
+    multiplier, scale = fields.tensor("multiplier", tensors), fields.tensor("input_scale", tensors)
+    if rotation < 1 or rotation & (rotation - 1) or rotation.bit_length() % 2 == 0:
+        raise fields.error(f"'rotation' is a power of 4, not {rotation}")
+    if multiplier is not None:
+        if multiplier.dim() != 1 or not multiplier.numel():
+            raise fields.error(f"'multiplier' is one number for each channel, not {tuple(multiplier.shape)}")
+        if bool((multiplier == 0).any()):
+            raise fields.error("'multiplier' holds 0: a weight is divided by it")
+        if multiplier.numel() % rotation:
+            raise fields.error(
+                f"blocks of 'rotation' {rotation} do not divide the {multiplier.numel()} channels"
+            )
+    wanted = {"dynamic": None, "static": (), "timestep": (ranges,)}[
+        scheme.input_range if scheme else "dynamic"
+    ]
+    found = None if scale is None else tuple(scale.shape)
+    if found != wanted:
+        raise fields.error(f"'input_scale' has shape {found}; scheme {scheme} with these edges has {wanted}")
+    if scale is not None and bool((scale <= 0).any()):
+        raise fields.error("'input_scale' is above 0")
+    return SitePlan(
+        scheme=scheme,
+        multiplier=multiplier,
+        rotation=rotation,
+        input_scale=scale,
+        reason=fields.get("reason", str, None),
+    )
+
+
+def _read_shapes(fields: Fields) -> dict[str, tuple[int, int]]:
+    shapes = {path: tuple(fields.list_of(path, int)) for path, _ in fields.items()}
+    for path, shape in shapes.items():
+        if len(shape) != 2 or min(shape) < 1:
+            raise fields.error(f"{path!r} is [N, K], two numbers above 0, not {list(shape)}")
+    return shapes  # type: ignore[return-value]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return set(module.kernel_size) == {1} and module.groups == 1
+    return isinstance(module, nn.Linear) or hasattr(module, "in_features")
+
+
+def _shapes_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(N, K) of the matrices that a module itself holds, packed ones too."""
+    own = [(p.shape[0], p[0].numel()) for p in module.parameters(recurse=False) if p.dim() > 1 and p.numel()]
+    width, depth = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(width, int) and isinstance(depth, int):
+        own.append((width, depth))
+    return tuple(dict.fromkeys(own))

@@ -224,6 +224,68 @@ def _print_answers(report: ExplainReport) -> None:
 
 
 @app.command()
+def calibrate(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="'digits' (the demo's model), or package.module:function that returns (model, run), run as "
+            "vq.calibrate takes it, or one call: (model, args, kwargs) or (model, kwargs)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for recipe.json and recipe.safetensors.")],
+    scheme: Annotated[str, typer.Option(help="e.g. w4a8, w8a8-static, w8a8-timestep or w4a8-rot.")] = "w4a8",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Glob over module paths, or role, to keep in full precision."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="For 'digits': how often ten digits are drawn.")] = 4,
+    steps: Annotated[int, typer.Option(help="For 'digits': sampling steps.")] = DEFAULT_STEPS,
+    seed: Annotated[int, typer.Option(help="Of the noise, the rows that are kept and random signs.")] = 0,
+    timestep: Annotated[
+        str | None,
+        typer.Option(help="Argument that holds the timestep.  [default: timestep, timesteps or t]"),
+    ] = None,
+    max_buckets: Annotated[int, typer.Option(help="Most ranges of the timestep.")] = 20,
+    branches: Annotated[int, typer.Option(help="2 keeps the halves of the batch apart.")] = 1,
+    rows: Annotated[int, typer.Option(help="Rows kept of each input, to measure errors on.")] = 64,
+    balance: Annotated[str, typer.Option(help="search, off, or SmoothQuant's alpha in 0..1.")] = "search",
+    rotation: Annotated[
+        str | None, typer.Option(help="search, on or off.  [default: on for -rot schemes, else search]")
+    ] = None,
+    random_signs: Annotated[
+        bool, typer.Option("--random-signs", help="Random signs before rotations.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder in which an interrupted calibration goes on.")
+    ] = None,
+) -> None:
+    """Sample with a model, decide how each linear is best quantized, and write that as a recipe."""
+    with user_errors():
+        from viditq_fx.cli.calibrate import run_calibration
+
+        _quiet_libraries()
+        run_calibration(
+            target,
+            out,
+            samples=samples,
+            steps=steps,
+            options={
+                "scheme": scheme,
+                "keep": keep or [],
+                "seed": seed,
+                "timestep": timestep,
+                "max_buckets": max_buckets,
+                "branches": branches,
+                "rows": rows,
+                "balance": balance,
+                "rotation": rotation,
+                "random_signs": random_signs,
+                "resume": resume,
+            },
+        )
+
+
+@app.command()
 def doctor() -> None:
     """Check what this machine has: versions, compiler, CPU and GPU, and which kernels would run."""
     with user_errors():

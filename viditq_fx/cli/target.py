@@ -1,10 +1,11 @@
-"""What `viditq explain` looks at: the demo's model, or a function of the user's that makes a model and a call."""
+"""What `explain` and `calibrate` look at: the demo's model, or a function of the user's that makes a model and calls."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ def load_target(text: str) -> Target:
     """
     if text == DEMO_TARGET:
         return _digits()
+    return _checked(text, _function(text)())
+
+
+def _function(text: str) -> Any:
     path, colon, name = text.partition(":")
     if not colon or not path or not name:
         raise TargetError(f"TARGET {text!r}: give {DEMO_TARGET!r} or package.module:function")
@@ -42,7 +47,46 @@ def load_target(text: str) -> Target:
     if not callable(function):
         what = "has no" if function is None else "has a value, not a function, under"
         raise TargetError(f"TARGET {text!r}: module {path!r} {what} {name!r}")
-    return _checked(text, function())
+    return function
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A model, and samples that make it be called: what `vq.calibrate` takes."""
+
+    model: Any
+    run: Any
+
+
+def load_sampling(text: str, samples: int, steps: int, seed: int) -> Sampling:
+    """What `viditq calibrate` runs: "digits" draws ten digits a sample, in `steps` steps.
+
+    A function may return (model, run), `run` as `vq.calibrate` takes it, instead of one call. Raises TargetError.
+    """
+    if text == DEMO_TARGET:
+        return _digits_sampling(samples, steps, seed)
+    made = _function(text)()
+    if isinstance(made, tuple) and len(made) == 2 and (callable(made[1]) or isinstance(made[1], list)):
+        return Sampling(model=made[0], run=made[1])
+    target = _checked(text, made)
+    return Sampling(model=target.model, run=[(target.args, target.kwargs)])
+
+
+def _digits_sampling(samples: int, steps: int, seed: int) -> Sampling:
+    from viditq_fx.demo.config import DemoError
+    from viditq_fx.demo.model import CLASS_COUNT, load_digits_dit
+    from viditq_fx.demo.sampling import balanced_labels, sample
+
+    for name, value in (("samples", samples), ("steps", steps)):
+        if value < 1:
+            raise DemoError(f"--{name} {value}: give a whole number from 1 up")
+    model = load_digits_dit()
+
+    def one(index: int) -> Any:
+        labels = balanced_labels(CLASS_COUNT)
+        return sample(model, labels=labels, seed=seed + index, steps=steps, batch_size=CLASS_COUNT)
+
+    return Sampling(model=model, run=[partial(one, index) for index in range(samples)])
 
 
 def _import(text: str, path: str) -> Any:

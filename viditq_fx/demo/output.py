@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from viditq_fx.inspection.files import write_whole
+from viditq_fx.whole_file import write_whole
 
 
 class OutputFolder:

@@ -1,0 +1,138 @@
+"""What is kept of the rows that reach one linear: ranges, moments and a histogram; no activations.
+
+Everything merges exactly, in any order (moments: up to the rounding of fp64 sums), so that samples can be counted
+apart, on other machines or before an interruption.
+
+Shapes: x_MK [M, K] rows of a linear's input; statistics of channels [K]; histogram [BINS] int64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+BINS_PER_OCTAVE = 8
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -24, 40
+BINS = BINS_PER_OCTAVE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
+"""Tokens are counted by their abs-max in bins 9% wide, from 2^-24 to 2^40; what lies outside is in the last ones."""
+_CACHED_ELEMENTS = 262144
+"""Rows are taken in pieces that stay in a CPU core's cache while five reductions read them."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Statistics:
+    """Of all rows that reached one linear in one bucket of timesteps (and one branch of the batch)."""
+
+    count: int
+    """Rows."""
+    low: Tensor
+    """Least value of each channel, fp32 [K]."""
+    high: Tensor
+    """Largest value of each channel, fp32 [K]."""
+    total: Tensor
+    """Sum of each channel, fp64 [K]."""
+    square: Tensor
+    """Sum of squares of each channel, fp64 [K]."""
+    token_low: Tensor
+    """Least abs-max of a row, fp32 []."""
+    histogram: Tensor
+    """Rows by abs-max, int64 [BINS]."""
+
+    @classmethod
+    def empty(cls, depth: int, device: torch.device | str = "cpu") -> Statistics:
+        """Of no rows of K = `depth` channels."""
+        infinity = torch.full((depth,), math.inf, device=device)
+        zero = torch.zeros(depth, dtype=torch.float64, device=device)
+        return cls(
+            count=0,
+            low=infinity,
+            high=-infinity,
+            total=zero,
+            square=zero.clone(),
+            token_low=torch.full((), math.inf, device=device),
+            histogram=torch.zeros(BINS, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def amax(self) -> Tensor:
+        """Largest magnitude of each channel, fp32 [K]."""
+        return torch.maximum(self.high, -self.low)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel, fp64 [K]."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each channel, fp64 [K]."""
+        return (self.square / max(self.count, 1) - self.mean.square()).clamp(min=0.0)
+
+    def token_ranges(self) -> tuple[float, float, float]:
+        """Least, median and largest abs-max of a row; the median to within 5%, from the histogram."""
+        largest = float(self.amax.max())
+        below = torch.cumsum(self.histogram, 0)
+        middle = int(torch.searchsorted(below, (self.count + 1) // 2))
+        median = 2.0 ** ((middle + 0.5) / BINS_PER_OCTAVE + LOWEST_EXPONENT)
+        return float(self.token_low), min(max(median, float(self.token_low)), largest), largest
+
+    def add(self, x_MK: Tensor) -> None:
+        """Count the rows of x_MK [M, K], of any float dtype; at least one."""
+        step = max(1, _CACHED_ELEMENTS // x_MK.shape[1]) if x_MK.device.type == "cpu" else x_MK.shape[0]
+        pieces = [_reduced(part.to(torch.float32)) for part in x_MK.split(step)]
+        low, high, total, square, amax = zip(*pieces, strict=True)
+        self.low = torch.stack([self.low, *low]).amin(0)
+        self.high = torch.stack([self.high, *high]).amax(0)
+        self.total = self.total + torch.stack(total).sum(0, dtype=torch.float64)
+        self.square = self.square + torch.stack(square).sum(0, dtype=torch.float64)
+        amax_M = torch.cat(amax)
+        self.token_low = torch.minimum(self.token_low, amax_M.amin())
+        position = (torch.log2(amax_M) - LOWEST_EXPONENT) * BINS_PER_OCTAVE
+        bins = torch.nan_to_num(position, nan=0.0).clamp(0, BINS - 1).to(torch.int64)
+        self.histogram.index_add_(0, bins, torch.ones_like(bins))
+        self.count += x_MK.shape[0]
+
+    def merge(self, other: Statistics) -> None:
+        """Count what another counted."""
+        device = self.low.device
+        self.count += other.count
+        self.low = torch.minimum(self.low, other.low.to(device))
+        self.high = torch.maximum(self.high, other.high.to(device))
+        self.total = self.total + other.total.to(device)
+        self.square = self.square + other.square.to(device)
+        self.token_low = torch.minimum(self.token_low, other.token_low.to(device))
+        self.histogram = self.histogram + other.histogram.to(device)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor on the CPU) of all of it."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            yield entry.name, value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
+
+    @classmethod
+    def of_tensors(cls, found: dict[str, Tensor], depth: int) -> Statistics:
+        """What `tensors` gave of K = `depth` channels. Raises KeyError, ValueError for what it would not give."""
+        values = {entry.name: found[entry.name] for entry in fields(cls)}
+        shapes = dict.fromkeys(("low", "high", "total", "square"), (depth,)) | {"histogram": (BINS,)}
+        for name, value in values.items():
+            if tuple(value.shape) != shapes.get(name, ()):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, not {shapes.get(name, ())}")
+        return cls(**(values | {"count": int(values["count"])}))  # type: ignore[arg-type]
+
+
+def _reduced(x_MK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(least, largest, sum, sum of squares) of each channel and the abs-max of each row, all fp32."""
+    amax_M = torch.maximum(x_MK.amax(1), -x_MK.amin(1))
+    return x_MK.amin(0), x_MK.amax(0), x_MK.sum(0), (x_MK * x_MK).sum(0), amax_M
+
+
+def merged(parts: Iterator[Statistics] | list[Statistics], depth: int) -> Statistics:
+    """All of `parts` together, on the CPU; of no rows where there are none."""
+    whole = Statistics.empty(depth)
+    for part in parts:
+        whole.merge(part)
+    return whole
