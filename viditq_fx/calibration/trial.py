@@ -68,7 +68,7 @@ class Trial:
 
 def rounded_weight(w_NK: Tensor, form: WeightForm) -> Tensor:
     """What is left of a weight [N, K] once it is stored in a form, fp32."""
-    return dequantize_weight(*quantize_weight(w_NK, form), w_NK.shape[1], form, torch.float32)
+    return dequantize_weight(quantize_weight(w_NK, form), w_NK.shape[1], form, torch.float32)
 
 
 def _part(w_NK: Tensor) -> Tensor:
