@@ -238,8 +238,8 @@ def _tile(m: int, n: int, k: int, stages: int, warps: int, rate: float, swap: bo
 # block_k counts bytes of w. Where it is 128 a block is scaled once, where it is 64 twice: it has to be 64 where half of
 # K is no multiple of 128. Estimates until `benchmarks/gpu.py` has measured them; none spills (tests). Wide tiles of
 # sm_90 are not swapped, as those of linear_w4a8 are: a thread's columns would be tokens then, and each has a scale in a
-# register (assembled 128x128x64: 255 registers and spills, where 184 do). On sm_80 and sm_89 wider tiles than 64x128 spill
-# for one of the four forms, on sm_100 16x128.
+# register (assembled 128x128x64: 255 registers and spills, where 184 do). On sm_80 and sm_89 tiles wider than 64x128
+# spill for one of the four forms, on sm_100 16x128 does.
 _SKINNY = (_tile(16, 64, 64, 4, 4, 0.25), _tile(16, 128, 64, 4, 4, 0.3), _tile(32, 64, 64, 4, 4, 0.4))
 _SKINNY_SWAPPED = tuple(
     _tile(*tile, swap=True)
