@@ -87,18 +87,20 @@ def linear_w4_block_kernel(
     if not EVEN_N:
         col_N = tl.where(col_N < N, col_N, 0)
     k_K = tl.arange(0, BLOCK_K)
-    LAST: tl.constexpr = (K - 1) // GROUP
-    X_ROW: tl.constexpr = HALF if PACKED else K
-    s_at = x_scale_ptr + row_M * (LAST + 1)
+    last = (
+        K - 1
+    ) // GROUP  # not annotated as constexpr: Triton 3.6 refuses what Inductor defines in the body
+    x_row = HALF if PACKED else K
+    s_at = x_scale_ptr + row_M * (last + 1)
     # SWAP computes the transpose, so that the widened weight is the operand that wgmma takes from registers.
     if SWAP:
-        x_at = x_ptr + row_M[None, :].to(tl.int64) * X_ROW + k_K[:, None]
+        x_at = x_ptr + row_M[None, :].to(tl.int64) * x_row + k_K[:, None]
         w_at = w_ptr + col_N[:, None].to(tl.int64) * HALF + k_K[None, :]
         k_of_x = k_K[:, None]
         zero = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
         y_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
-        x_at = x_ptr + row_M[:, None].to(tl.int64) * X_ROW + k_K[None, :]
+        x_at = x_ptr + row_M[:, None].to(tl.int64) * x_row + k_K[None, :]
         w_at = w_ptr + col_N[None, :].to(tl.int64) * HALF + k_K[:, None]
         k_of_x = k_K[None, :]
         zero = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
@@ -109,7 +111,7 @@ def linear_w4_block_kernel(
 
     for start in range(0, HALF, BLOCK_K):
         g_low = start // GROUP
-        g_high = tl.minimum((HALF + start) // GROUP, LAST)  # past the last K all of w is zero
+        g_high = tl.minimum((HALF + start) // GROUP, last)  # past the last K all of w is zero
         if PACKED:
             x_bytes = tl.load(x_at).to(tl.int8, bitcast=True)
             x_low = x_bytes << 4
