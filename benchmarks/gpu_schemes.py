@@ -11,11 +11,12 @@ from gpu_checks import Shape, problem
 from torch import Tensor
 
 from viditq_fx.lowering.extern_linear import viditq_scaled_mm_linear
+from viditq_fx.ops import LINEAR_W4A4, LINEAR_W4A8_BLOCK, PACK_INT4, QUANTIZE_PER_BLOCK
 from viditq_fx.ops.fp8 import E4M3
 from viditq_fx.ops.pack import pack_int4
 from viditq_fx.ops.weight_forms import linear_of, quantize_input, quantize_weight
 from viditq_fx.scheme import GROUP, QuantScheme
-from viditq_fx.triton_templates import linear_fp8, linear_w4a8
+from viditq_fx.triton_templates import linear_fp8, linear_w4_block, linear_w4a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, architecture
 
 
@@ -25,11 +26,27 @@ class SchemeKernel:
 
     template: KernelTemplate
     launch: Callable[..., Tensor]
+    block_bits: int | None = None
+    """Bits of an input that has a scale for each token and block of K; None for one scale a token."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether inputs are two to a byte."""
+        return self.block_bits == 4
+
+
+def _blocks(template: KernelTemplate, bits: int) -> SchemeKernel:
+    return SchemeKernel(template=template, launch=linear_w4_block.launch, block_bits=bits)
 
 
 SCHEMES = {
     "w4a8": SchemeKernel(template=linear_w4a8.TEMPLATE, launch=linear_w4a8.launch),
     f"w4a8-g{GROUP}": SchemeKernel(template=linear_w4a8.TEMPLATE_GROUPED, launch=linear_w4a8.launch),
+    # Input scales of blocks: no scheme of the backend yet, so named by their ops.
+    "w4a8-block": _blocks(linear_w4_block.W4A8_BLOCK, 8),
+    f"w4a8-block-g{GROUP}": _blocks(linear_w4_block.W4A8_BLOCK_GROUPED, 8),
+    "w4a4": _blocks(linear_w4_block.W4A4, 4),
+    f"w4a4-g{GROUP}": _blocks(linear_w4_block.W4A4_GROUPED, 4),
     "fp8": SchemeKernel(template=linear_fp8.TEMPLATE, launch=linear_fp8.launch),
 }
 FP8_PEER = "fp8 GEMM only, cuBLASLt row-wise"
@@ -59,18 +76,25 @@ def exact_operands(
     def draw(largest: int, *shape: int) -> Tensor:
         return torch.randint(-largest, largest + 1, shape, generator=gen, dtype=torch.int8, device=device)
 
-    largest_x, largest_w = (8, 8) if scheme == "fp8" else (127, 7)
+    kernel = SCHEMES[scheme]
+    largest_x, largest_w = (8, 8) if scheme == "fp8" else (7 if kernel.packed else 127, 7)
     x, w = draw(largest_x, rows, depth), draw(largest_w, width, depth)
     scale_M, scale_N = torch.ones(rows, 1, device=device), torch.ones(width, device=device)
-    w_f64 = w.double()
+    x_f64, w_f64 = x.double(), w.double()
     if scheme == "fp8":
         stored: Tensor = w.float().to(E4M3)
-        return (x.float().to(E4M3), scale_M, stored, scale_N, None, torch.float32), x.double() @ w_f64.t()
-    if "-g" in scheme:  # powers of two, so that fp32 adds the groups exactly
-        groups = -(-depth // GROUP)
+        return (x.float().to(E4M3), scale_M, stored, scale_N, None, torch.float32), x_f64 @ w_f64.t()
+    groups = -(-depth // GROUP)
+    w[::3, ::5] = -8
+    w_f64 = w.double()
+    if kernel.template.name.endswith(f"_g{GROUP}"):  # powers of two, so that fp32 adds the groups exactly
         scale_N = torch.stack([scale_N * 2.0 ** -(g % 4) for g in range(groups)])
         w_f64 *= scale_N.double().t().repeat_interleave(GROUP, dim=1)[:, :depth]
-    return (x, scale_M, pack_int4(w), scale_N, None, torch.float32), x.double() @ w_f64.t()
+    if kernel.block_bits:
+        scale_M = torch.cat([scale_M * 2.0 ** -(g % 3) for g in range(groups)], dim=1)
+        x_f64 *= scale_M.double().repeat_interleave(GROUP, dim=1)[:, :depth]
+    args = (pack_int4(x) if kernel.packed else x, scale_M, pack_int4(w), scale_N, None, torch.float32)
+    return (*args, depth) if kernel.packed else args, x_f64 @ w_f64.t()
 
 
 def _check(scheme: str, config: GemmConfig, rows: int, depth: int, width: int) -> str | None:
@@ -90,9 +114,7 @@ def scheme_checks(scheme: str) -> Iterator[tuple[str, str | None]]:
             if template.fits(config, problem(Shape(model="", rows=rows, depth=depth, width=width))):
                 yield f"exact {label} M{rows} K{depth} N{width}", _check(scheme, config, rows, depth, width)
     x = torch.randn(2, 1000, 1152, device="cuda", dtype=torch.bfloat16)
-    weights = quantize_weight(
-        torch.randn(1152, 1152, device="cuda") * 0.03, QuantScheme.parse(scheme).weight_form
-    )
+    weights = _weight(scheme, torch.randn(1152, 1152, device="cuda") * 0.03)
     linear = _linear(scheme)
     args = (x, *weights, torch.randn(1152, device="cuda", dtype=torch.bfloat16))
     torch._dynamo.reset()
@@ -101,12 +123,33 @@ def scheme_checks(scheme: str) -> Iterator[tuple[str, str | None]]:
     yield f"compiled {scheme}", None if error < 5e-3 else f"relative error {error:.2e}"
 
 
+def _weight_scheme(name: str) -> QuantScheme:
+    """The scheme whose weight a name has: that of an input with scales of blocks has a name of its own."""
+    kernel = SCHEMES[name]
+    if kernel.block_bits is None:
+        return QuantScheme.parse(name)
+    return QuantScheme.parse(f"w4a8-g{GROUP}" if kernel.template.name.endswith(f"_g{GROUP}") else "w4a8")
+
+
+def _weight(name: str, w: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_weight(w, _weight_scheme(name).weight_form)
+
+
+def _input(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = SCHEMES[name]
+    if kernel.block_bits is None:
+        return quantize_input(x, _weight_scheme(name))
+    x_q, x_scale = QUANTIZE_PER_BLOCK.overload(x, kernel.block_bits, GROUP)
+    return PACK_INT4.overload(x_q) if kernel.packed else x_q, x_scale
+
+
 def _linear(name: str) -> Callable[..., Tensor]:
-    scheme = QuantScheme.parse(name)
-    op = linear_of(scheme).overload
+    packed, blocks = SCHEMES[name].packed, SCHEMES[name].block_bits is not None
+    op = LINEAR_W4A4 if packed else LINEAR_W4A8_BLOCK if blocks else linear_of(QuantScheme.parse(name))
 
     def quantized_linear(x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return op(*quantize_input(x, scheme), stored, scale, bias, x.dtype)
+        depth = (x.shape[-1],) if packed else ()
+        return op.overload(*_input(name, x), stored, scale, bias, x.dtype, *depth)
 
     return quantized_linear
 
@@ -125,21 +168,19 @@ def scheme_methods(
 
 
 def _quantized(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
-    scheme = QuantScheme.parse(name)
-    return [
-        (*quantize_input(o.x, scheme), *quantize_weight(o.w, scheme.weight_form), o.bias) for o in operands
-    ]
+    return [(*_input(name, o.x), *_weight(name, o.w), o.bias) for o in operands]
 
 
 def _gemm_only(name: str, shape: Shape, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
     kernel, given = SCHEMES[name], _quantized(name, operands)
-    config = kernel.template.candidates(replace(problem(shape), grouped="-g" in name))[0]
-    return lambda i: lambda: kernel.launch(*given[i], torch.bfloat16, config=config)
+    grouped = kernel.template.name.endswith(f"_g{GROUP}")
+    config = kernel.template.candidates(replace(problem(shape), grouped=grouped))[0]
+    depth = (shape.depth,) if kernel.packed else ()
+    return lambda i: lambda: kernel.launch(*given[i], torch.bfloat16, *depth, config=config)
 
 
 def _compiled(name: str, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
-    form = QuantScheme.parse(name).weight_form
-    given = [(o.x, *quantize_weight(o.w, form), o.bias) for o in operands]
+    given = [(o.x, *_weight(name, o.w), o.bias) for o in operands]
     fast = torch.compile(_linear(name), dynamic=False)
     return lambda i: lambda: fast(*given[i])
 

@@ -20,13 +20,17 @@ import triton.language as tl
 from nogpu.assemble import Assembly, assemble
 from nogpu.fake_cuda import missing
 
-from viditq_fx.triton_templates import attention_int8, linear_fp8, linear_w4a8, linear_w8a8
+from viditq_fx.triton_templates import attention_int8, linear_fp8, linear_w4_block, linear_w4a8, linear_w8a8
 from viditq_fx.triton_templates.base import KernelTemplate
 
 GEMMS = (
     (linear_w8a8.TEMPLATE, linear_w8a8.linear_w8a8_kernel, "*i8", "*i8"),
     (linear_w4a8.TEMPLATE, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
     (linear_w4a8.TEMPLATE_GROUPED, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
+    *(
+        (t, linear_w4_block.linear_w4_block_kernel, "*u8" if t.depth_of == "argument" else "*i8", "*u8")
+        for t in linear_w4_block.TEMPLATES
+    ),
     (linear_fp8.TEMPLATE, linear_fp8.linear_w8a8_fp8_kernel, "*fp8e4nv", "*fp8e4nv"),
 )
 """(template, kernel, type of x, type of w)."""
@@ -98,7 +102,7 @@ def main() -> int:
     if reason := missing():
         print(f"nothing can be assembled here: {reason}", file=sys.stderr)
         return 2
-    row = "{:16} {:>6} {:34} {:>9} {:>10} {:>7}  {}"
+    row = "{:22} {:>6} {:34} {:>9} {:>10} {:>7}  {}"
     print(row.format("kernel", "arch", "config", "registers", "shared KiB", "spills", "matrix instructions"))
     bad = 0
     for case in cases():

@@ -43,9 +43,9 @@ def exact_args(shape, label):
     rows, depth, width = shape
     gen = torch.Generator().manual_seed(0)
     x = torch.randint(-127, 128, (rows, depth), generator=gen, dtype=torch.int8)
-    w = torch.randint(-7, 8, (width, depth), generator=gen, dtype=torch.int8)
+    w = torch.randint(-8, 8, (width, depth), generator=gen, dtype=torch.int8)
     if label == "extremes":
-        x, w = torch.full_like(x, -127), torch.full_like(w, 7)
+        x, w = torch.full_like(x, -127), torch.full_like(w, -8)
     return x, torch.ones(rows, 1), pack_int4(w), torch.ones(width), None, torch.float32
 
 

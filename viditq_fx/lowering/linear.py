@@ -24,10 +24,11 @@ from viditq_fx.lowering.kernel_log import KernelRecord, record
 from viditq_fx.lowering.templates import outside_templates
 from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
 from viditq_fx.report import SIMULATION
-from viditq_fx.triton_templates import linear_fp8, linear_w4a8, linear_w8a8
+from viditq_fx.triton_templates import linear_fp8, linear_w4_block, linear_w4a8, linear_w8a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
 
 EXTERN = "extern:int_mm"
@@ -47,6 +48,8 @@ class Route:
     """Whether cuBLAS computes a problem with this bias (its dtype, or None)."""
     reference: str = EAGER
     """The report's name of the op's eager implementation."""
+    note: str | None = None
+    """What the report says of our template beside why it was chosen."""
 
 
 def _scaled_mm_fits(problem: LinearProblem | str, bias: Any) -> bool:
@@ -59,6 +62,13 @@ ROUTES: dict[Any, Route] = {
     LINEAR_W8A7.overload: _INT8,
     # No cuBLAS: it would need the weight as int8 in memory.
     LINEAR_W4A8.overload: Route(templates=(linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED)),
+    LINEAR_W4A8_BLOCK.overload: Route(
+        templates=(linear_w4_block.W4A8_BLOCK, linear_w4_block.W4A8_BLOCK_GROUPED)
+    ),
+    LINEAR_W4A4.overload: Route(
+        templates=(linear_w4_block.W4A4, linear_w4_block.W4A4_GROUPED),
+        note="4-bit inputs are multiplied as int8: Triton has no int4 product",
+    ),
     LINEAR_W8A8_FP8.overload: Route(
         templates=(linear_fp8.TEMPLATE,),
         extern=viditq_scaled_mm_linear,
@@ -71,13 +81,23 @@ _NOTHING_OF_OURS = Route(templates=())
 
 
 def lower_linear(
-    overload: Any, x_q: Any, x_scale: Any, w_q: Any, w_scale: Any, bias: Any, out_dtype: torch.dtype
+    overload: Any,
+    x_q: Any,
+    x_scale: Any,
+    w_q: Any,
+    w_scale: Any,
+    bias: Any,
+    out_dtype: torch.dtype,
+    *depth: Any,
 ) -> Any:
-    """Inductor's lowering of the ops in ROUTES and ops like them: TensorBoxes in, TensorBox out."""
+    """Inductor's lowering of the ops in ROUTES and ops like them: TensorBoxes in, TensorBox out.
+
+    `depth` is K, where the op has it as an argument.
+    """
     device, route = x_q.get_device(), ROUTES.get(overload, _NOTHING_OF_OURS)
     if device.type != "cuda" or torch.version.hip:
         _record(overload, route.reference, f"no kernel of ours for device type {device.type}")
-        return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
+        return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype, *depth)
     size = [*x_q.get_size()[:-1], w_q.get_size()[0]]
     if inductor.static_int(inductor.product(size[:-1])) == 0:
         _record(overload, "none", "the input has no rows")
@@ -85,11 +105,11 @@ def lower_linear(
     layout = inductor.output_layout(x_q, size, out_dtype)
     inputs = [inductor.contiguous(t) for t in (x_q, x_scale, w_q, w_scale, bias) if t is not None]
     templates = (*outside_templates(overload), *route.templates)
-    problem = _problem(device, size, inputs, templates, out_dtype)
+    problem = _problem(device, size, inputs, templates, out_dtype, *depth)
     tuned = inductor.wants_autotuning()
     configs, declined = _configs(templates, route.templates, problem, tuned)
     named = {
-        label: _choice(template, config, inputs, layout, size, bias is not None)
+        label: _choice(template, config, inputs, layout, size, bias is not None, *depth)
         for label, (template, config) in configs.items()
     }
     fits = route.extern_fits(problem, None if bias is None else bias.get_dtype())
@@ -99,11 +119,13 @@ def lower_linear(
         _record(overload, route.extern_name if named else route.reference, "; ".join(declined))
         if named:
             return named[route.extern_name].output_node()
-        return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
+        return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype, *depth)
     result, winner = inductor.select(_op_name(overload), list(named.values()), inputs, layout)
     kernel = next((label for label, choice in named.items() if choice is winner), "autotuned")
     why = f"fastest of {len(named)} timed" if tuned else "estimated best tile"
-    _record(overload, kernel, "; ".join([why, *declined]))
+    mine = kernel in configs and any(configs[kernel][0] is template for template in route.templates)
+    note = [route.note] if route.note and mine else []
+    _record(overload, kernel, "; ".join([why, *note, *declined]))
     return result
 
 
@@ -146,10 +168,12 @@ def _problem(
     inputs: Sequence[Any],
     templates: Sequence[KernelTemplate],
     out_dtype: torch.dtype,
+    given_depth: Any = None,
 ) -> LinearProblem | str:
     """The LinearProblem, or the reason why there is none."""
     x_q, _, w_q, w_scale, *_ = inputs
     width, depth = size[-1], (x_q if any(t.depth_of == "x" for t in templates) else w_q).get_size()[-1]
+    depth = depth if given_depth is None else given_depth
     static_width, static_depth = inductor.static_int(width), inductor.static_int(depth)
     if static_width is None or static_depth is None:
         return f"N and K must be the same in every call; got N={width}, K={depth}"
@@ -171,9 +195,11 @@ def _choice(
     layout: Any,
     size: list[Any],
     has_bias: bool,
+    depth: Any = None,
 ) -> Any:
     rows, width = inductor.product(size[:-1]), size[-1]
-    depth = inputs["xw".index(template.depth_of) * 2].get_size()[-1]
+    if depth is None:
+        depth = inputs[{"x": 0, "w": 2}[template.depth_of]].get_size()[-1]
     name = f"viditq_{template.name}_{len(size)}d{'_bias' if has_bias else ''}"
     return inductor.triton_choice(
         inductor.triton_template(name, template_source(template, len(size), has_bias)),
@@ -205,9 +231,9 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
         lines.append("    bias_ptr = w_scale_ptr  # never read")
     lines.append(f"    M = {' * '.join(f'({s})' for s in sizes.values()) or '1'}")
     lines.append(f"    N = {{{{size(None, {rank - 1})}}}}")
-    lines.append(
-        f"    K = {{{{size('{template.depth_of}_ptr', {1 if template.depth_of == 'w' else rank - 1})}}}}"
-    )
+    if template.depth_of != "argument":  # else it is one of the constants
+        dim = 1 if template.depth_of == "w" else rank - 1
+        lines.append(f"    K = {{{{size('{template.depth_of}_ptr', {dim})}}}}")
     lines.append(template.body)
     for d in batch:
         stride = " * ".join(f"({sizes[e]})" for e in batch if e > d) or "1"

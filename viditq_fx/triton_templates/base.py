@@ -110,8 +110,9 @@ class KernelTemplate:
     """None when the kernel computes the problem, else the reason why not."""
     constants: Callable[[GemmConfig, int | None, int, int], dict[str, Any]] = shape_constants
     """(config, M or None, N, K) -> the kernel's compile-time constants."""
-    depth_of: Literal["w", "x"] = "w"
-    """The operand whose rows are K elements long: not w where it is packed more tightly."""
+    depth_of: Literal["w", "x", "argument"] = "w"
+    """The operand whose rows are K elements long: not w where it is packed more tightly, and none where both are: then
+    K is an argument of the op, and `constants` holds it."""
     fits: Callable[[GemmConfig, LinearProblem], bool] = lambda config, problem: True
     """Whether a config serves a problem that `supports` accepts; one of each list has to serve every one."""
 
