@@ -50,7 +50,7 @@ MODULATIONS = [f"{t}_stride_{d}" for t in ("scale", "shift") for d in "bl"]
 NORM_SIGNATURE = {
     **ROWS,
     **dict.fromkeys(("weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"), "*bf16"),
-    **{"multiplier_ptr": "*fp32", "eps": "fp32", "offset": "fp32"},
+    "multiplier_ptr": "*fp32",
     **dict.fromkeys(("L", *MODULATIONS), "i32"),
 }
 ROW_WIDTHS = (1152, 3072, 5120, 12288)
@@ -95,7 +95,7 @@ def norm(arch: int, width: int, *, affine: bool = False, multiplier: bool = Fals
     config = quantize_rows.config_for(width)
     fixed = {"K": width, "QMAX": 127, "RMS": False, "HAS_WEIGHT": affine, "HAS_BIAS": affine}
     fixed |= {"HAS_SCALE": True, "HAS_SHIFT": True, "HAS_MULTIPLIER": multiplier}
-    fixed |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
+    fixed |= {"EPS_NORM": 1e-6, "OFFSET": 1.0, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
     options = {"warps": config.num_warps, "stages": 1, "multiples": ("x_stride_m", *MODULATIONS)}
     return assemble(quantize_rows.norm_modulate_quantize_kernel, NORM_SIGNATURE, fixed, arch, **options)
 

@@ -71,8 +71,6 @@ def norm_modulate_quantize_kernel(
     multiplier_ptr,
     q_ptr,
     s_ptr,
-    eps,
-    offset,
     M,
     L,
     x_stride_m,
@@ -80,6 +78,8 @@ def norm_modulate_quantize_kernel(
     scale_stride_l,
     shift_stride_b,
     shift_stride_l,
+    EPS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     K: tl.constexpr,
     QMAX: tl.constexpr,
     RMS: tl.constexpr,
@@ -99,9 +99,10 @@ def norm_modulate_quantize_kernel(
     x_MK = tl.load(x_ptr + m_M[:, None] * x_stride_m + k_K[None, :], mask=inside_MK, other=0.0).to(tl.float32)
     if not RMS:
         mean_M = tl.sum(x_MK, 1) * (1.0 / K)
-        x_MK = tl.where(real_K[None, :], x_MK - mean_M[:, None], 0.0)
-    inverse_M = tl.rsqrt(tl.sum(x_MK * x_MK, 1) * (1.0 / K) + eps)
-    value_MK = x_MK * inverse_M[:, None]  # pyright: ignore[reportArgumentType]
+        mean_M1 = mean_M[:, None]  # pyright: ignore[reportArgumentType]
+        x_MK = tl.where(real_K[None, :], x_MK - mean_M1, 0.0)
+    inverse_M = tl.rsqrt(tl.sum(x_MK * x_MK, 1) * (1.0 / K) + EPS_NORM)
+    value_MK = x_MK * inverse_M[:, None]
     if HAS_WEIGHT:
         value_MK *= tl.load(weight_ptr + k_K, mask=real_K, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
@@ -109,7 +110,7 @@ def norm_modulate_quantize_kernel(
     b_M, l_M = m_M // L, m_M % L
     if HAS_SCALE:
         scale_at = scale_ptr + (b_M * scale_stride_b + l_M * scale_stride_l)[:, None] + k_K[None, :]
-        value_MK *= tl.load(scale_at, mask=inside_MK, other=0.0).to(tl.float32) + offset
+        value_MK *= tl.load(scale_at, mask=inside_MK, other=0.0).to(tl.float32) + OFFSET
     if HAS_SHIFT:
         shift_at = shift_ptr + (b_M * shift_stride_b + l_M * shift_stride_l)[:, None] + k_K[None, :]
         value_MK += tl.load(shift_at, mask=inside_MK, other=0.0).to(tl.float32)
@@ -215,7 +216,9 @@ def launch_norm(
         norm_modulate_quantize_kernel,
         run,
         before=[rows.x if vector is None else vector for vector in beside],
-        after=[eps, offset, rows.count, length, rows.x.stride(0), *scale_strides, *shift_strides],
+        after=[rows.count, length, rows.x.stride(0), *scale_strides, *shift_strides],
+        EPS_NORM=eps,  # constants: Inductor passes a float as fp64, and all arithmetic would follow
+        OFFSET=offset,
         RMS=norm == "rms_norm",
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
@@ -255,7 +258,7 @@ class _Rows:
         if reason:
             raise ValueError(f"quantize: {reason}")
         self.shape, self.x, self.qmax = x.shape, as_rows(x), largest_int(bits)
-        self.count, self.width = self.x.shape
+        self.count, self.width = self.x.shape[0], int(self.x.shape[1])
 
     def run(
         self, kernel: Any, run: Any, *, before: list[Tensor], after: list[Any], **fixed: Any

@@ -159,7 +159,7 @@ def launch(
     Raises what the op's reference raises, and ValueError for what `why_not` names.
     """
     check_rotate_quantize(x, multiplier, block, bits, group)
-    width = x.shape[-1]
+    width = int(x.shape[-1])
     if reason := why_not(width, block, group):
         raise ValueError(f"rotate_quantize: {reason}; viditq::rotate_quantize computes it")
     x_MK, config = as_rows(x), config_for(width)
