@@ -262,6 +262,7 @@ def test_strict_refuses_a_refusal_and_names_the_site():
         ({"scheme": 8}, SchemeError, "a scheme is a name"),
         ({"max_autotune": "yes"}, OptionError, "should be bool"),
         ({"mode": "fastest"}, OptionError, "fastest"),
+        ({"quantize_kernels": "fastest"}, OptionError, "auto.*inductor.*triton"),
     ],
 )
 def test_wrong_options_are_clear(options, kind, message):

@@ -139,7 +139,14 @@ def _compile_quantized(
         [(f"{type(step).__qualname__} {step!r}", class_files(type(step))) for step in pipeline.extra]
         + [(f"{t.name} {t.configs}", package_files(t.source_file)) for t in templates]
     )
-    compiled = compile_with_kernels(quantized, values, inductor, templates=templates, foreign=foreign)
+    compiled = compile_with_kernels(
+        quantized,
+        values,
+        inductor,
+        templates=templates,
+        foreign=foreign,
+        quantize_kernels=ours.quantize_kernels,
+    )
     for name, entry in ctx.sites.items():
         if entry.done is not None and entry.kernel is None:
             choice = compiled.choice(*ctx.computed_by.get(name, (name, entry.fqn)))

@@ -16,6 +16,7 @@ from viditq_fx.switching import SwitchRule
 
 WEIGHTS_MODES = ("keep", "release")
 ATTENTION_MODES = ("auto", "int8", "keep")
+QUANTIZE_KERNELS = ("auto", "inductor", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ class CompileOptions:
     attention: str = "auto"
     """"auto": quantize attention where a kernel of ours is faster than SDPA. "int8": wherever its form allows,
     by the reference where there is no kernel (slow). "keep": leave SDPA alone."""
+    quantize_kernels: str = "auto"
+    """What quantizes rows on CUDA. "auto": our kernel behind a rotation, else Inductor's fusion. "triton": ours also
+    behind norms and activations. "inductor": never ours."""
     extra_passes: tuple[Any, ...] = ()
     """Passes of the user's, each alone or in before(name, pass) or after(name, pass) of passes/pipeline.py."""
     extra_templates: tuple[Any, ...] = ()
@@ -93,8 +97,9 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     for key in ("strict", "plugins"):
         if not isinstance(ours.get(key, False), bool):
             raise OptionError(f"option {key!r} is True or False, not {ours[key]!r}")
-    for key, allowed in (("weights", WEIGHTS_MODES), ("attention", ATTENTION_MODES)):
-        if ours.get(key, "keep") not in allowed:
+    choices = {"weights": WEIGHTS_MODES, "attention": ATTENTION_MODES, "quantize_kernels": QUANTIZE_KERNELS}
+    for key, allowed in choices.items():
+        if ours.get(key, allowed[0]) not in allowed:
             raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")

@@ -9,6 +9,7 @@ from nogpu.fake_cuda import missing
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
 
+from nogpu.assemble import assemble_generated, kernel_sources
 from nogpu.fake_cuda import cuda_code
 
 from tests.small_models import Block
@@ -84,6 +85,8 @@ def test_int8_attention_runs_its_kernel(dynamic):
     assert (attention.kernel, attention.done) == ("triton:attention_int8 128x128", "int8-qk")
     body = code[code.index("def call") :]
     assert len(re.findall(r"attention_int8_kernel\w*\.run\(", body)) == 1
+    (kernel,) = (item for item in kernel_sources(code).items() if item[0].startswith("attention_int8_kernel"))
+    assert assemble_generated(*kernel, 90).spills == 0  # as Inductor passes its arguments
     assert "bmm" not in body
     assert "_scaled_dot_product" not in body
 

@@ -7,6 +7,7 @@ import collections
 import re
 import subprocess
 import tempfile
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,19 @@ class Assembly:
 
 
 def assemble(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], cc: int, *, warps: int, stages: int
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    cc: int,
+    *,
+    warps: int,
+    stages: int,
+    multiples: Container[str] = (),
 ) -> Assembly:
     """Compile a `@triton.jit` function for compute capability `cc`; pointers are 16-byte aligned.
 
-    `signature` gives the type of each runtime argument ("*i8", "i32"), `constants` the rest.
+    `signature` gives the type of each runtime argument ("*i8", "i32"), `constants` the rest. The integers named in
+    `multiples` are multiples of 16, which Triton and Inductor find out when they launch.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -47,7 +56,9 @@ def assemble(
     names = kernel.arg_names
     types = {name: signature.get(name, "constexpr") for name in names}
     aligned = {
-        (names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n, kind in signature.items()
+        if kind.startswith("*") or n in multiples
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     with fake_cuda(cc):

@@ -3,7 +3,8 @@
     python -m nogpu.table [--only attention] [--arch 90]
 
 One row for each kernel, architecture and config: registers of a thread, shared memory of a block, spills, and the
-matrix instructions of the machine code. Exits 1 if a config spills, or runs without a matrix instruction.
+matrix instructions of the machine code. Exits 1 if a config spills, runs without a matrix instruction (but for norm and
+activation, which multiply none), or where rows are quantized loads less than 16 bytes a thread.
 """
 
 from __future__ import annotations
@@ -20,8 +21,17 @@ import triton.language as tl
 from nogpu.assemble import Assembly, assemble
 from nogpu.fake_cuda import missing
 
-from viditq_fx.triton_templates import attention_int8, linear_fp8, linear_w4_block, linear_w4a8, linear_w8a8
-from viditq_fx.triton_templates.base import KernelTemplate
+from viditq_fx.ops.rotate import rotation_block
+from viditq_fx.triton_templates import (
+    attention_int8,
+    linear_fp8,
+    linear_w4_block,
+    linear_w4a8,
+    linear_w8a8,
+    quantize_rows,
+    rotate_quantize,
+)
+from viditq_fx.triton_templates.base import SHARED_BYTES, KernelTemplate
 
 GEMMS = (
     (linear_w8a8.TEMPLATE, linear_w8a8.linear_w8a8_kernel, "*i8", "*i8"),
@@ -40,6 +50,16 @@ ATTENTION_SIGNATURE = {
     **{"v_ptr": "*bf16", "mask_ptr": "*i1", "out_ptr": "*bf16", "lse_ptr": "*fp32", "scale": "fp32"},
     **dict.fromkeys(("HEADS", "GROUP", "LQ", "LK", *STRIDES), "i32"),
 }
+ROWS = {"x_ptr": "*bf16", "q_ptr": "*i8", "s_ptr": "*fp32", "M": "i32", "x_stride_m": "i32"}
+MODULATIONS = [f"{t}_stride_{d}" for t in ("scale", "shift") for d in "bl"]
+NORM_SIGNATURE = {
+    **ROWS,
+    **dict.fromkeys(("weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"), "*bf16"),
+    "multiplier_ptr": "*fp32",
+    **dict.fromkeys(("L", *MODULATIONS), "i32"),
+}
+ROW_WIDTHS = (1152, 3072, 5120, 12288)
+"""PixArt; FLUX; Wan 14B; FLUX's feed-forward."""
 HEAD_WIDTHS = (64, 128, 256)
 """The widest head of each class in `attention_int8.CONFIGS`."""
 
@@ -75,8 +95,58 @@ def attention(
     return assemble(attention_int8.attention_int8_kernel, ATTENTION_SIGNATURE, fixed, arch, **options)
 
 
+def norm(arch: int, width: int, *, affine: bool = False, multiplier: bool = False) -> Assembly:
+    """LayerNorm, scale and shift, quantize; L and M dynamic."""
+    config = quantize_rows.config_for(width)
+    fixed = {"K": width, "QMAX": 127, "RMS": False, "HAS_WEIGHT": affine, "HAS_BIAS": affine}
+    fixed |= {"HAS_SCALE": True, "HAS_SHIFT": True, "HAS_MULTIPLIER": multiplier}
+    fixed |= {"EPS_NORM": 1e-6, "OFFSET": 1.0, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
+    options = {"warps": config.num_warps, "stages": 1, "multiples": ("x_stride_m", *MODULATIONS)}
+    return assemble(quantize_rows.norm_modulate_quantize_kernel, NORM_SIGNATURE, fixed, arch, **options)
+
+
+def activation(arch: int, width: int, kind: str, *, gate: bool = False) -> Assembly:
+    """An activation and quantize."""
+    config = quantize_rows.config_for(width)
+    fixed = {"K": width, "QMAX": 127, "KIND": kind, "HAS_GATE": gate}
+    fixed |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
+    options = {"warps": config.num_warps, "stages": 1, "multiples": ("x_stride_m", "gate_stride_m")}
+    signature = {**ROWS, "gate_ptr": "*bf16", "gate_stride_m": "i32"}
+    return assemble(quantize_rows.activation_quantize_kernel, signature, fixed, arch, **options)
+
+
+def rotation(arch: int, width: int, *, multiplier: bool = False, group: int = 0) -> Assembly:
+    """Rotate and quantize, in the widest block."""
+    config = rotate_quantize.config_for(width)
+    fixed = rotate_quantize.constants(config, width, multiplier, rotation_block(width), 8, group)
+    options = {"warps": config.num_warps, "stages": 1, "multiples": ("x_stride_m",)}
+    signature = {**ROWS, "multiplier_ptr": "*fp32"}
+    return assemble(rotate_quantize.rotate_quantize_kernel, signature, fixed, arch, **options)
+
+
+def row_cases() -> Iterator[Case]:
+    """The kernels that quantize rows, at the widths of models."""
+    for arch in SHARED_BYTES:
+        for width in ROW_WIDTHS:
+            for name, runs in {
+                "norm_quantize": {"": partial(norm, arch, width)},
+                "act_quantize": {
+                    "gelu_tanh": partial(activation, arch, width, "gelu_tanh"),
+                    "silu, gate": partial(activation, arch, width, "silu", gate=True),
+                },
+                "rotate_quantize": {
+                    "": partial(rotation, arch, width),
+                    "multiplier": partial(rotation, arch, width, multiplier=True),
+                    "multiplier, g128": partial(rotation, arch, width, multiplier=True, group=128),
+                },
+            }.items():
+                for label, run in runs.items():
+                    yield Case(kernel=name, arch=arch, label=f"K={width} {label}", run=run)
+
+
 def cases() -> Iterator[Case]:
     """Every config that the lowering may choose."""
+    yield from row_cases()
     for gemm in GEMMS:
         for arch, shape, configs in gemm[0].configs:
             for config in configs:
@@ -113,7 +183,9 @@ def main() -> int:
         size = f"{found.shared_bytes / 1024:.0f}"
         cells = (case.kernel, f"sm_{case.arch}", case.label, found.registers, size, found.spills, kinds)
         print(row.format(*cells), flush=True)
-        bad += bool(found.spills or not kinds)
+        plain = case.kernel in ("norm_quantize", "act_quantize")
+        narrow = case.kernel.endswith("_quantize") and not found.wide_loads
+        bad += bool(found.spills or narrow or not (kinds or plain))
     return 1 if bad else 0
 
 

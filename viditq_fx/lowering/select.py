@@ -12,6 +12,7 @@ from viditq_fx.lowering.attention_cuda import select_attention_kernels
 from viditq_fx.lowering.inductor_compat import cache_fingerprint, configured, wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
+from viditq_fx.lowering.quantize_cuda import select_quantize_kernels
 from viditq_fx.lowering.select_cpu import KernelChoice, quantized_linears, select_cpu_kernels
 from viditq_fx.lowering.templates import serving
 from viditq_fx.triton_templates.base import KernelTemplate
@@ -42,13 +43,16 @@ def compile_with_kernels(
     *,
     templates: Sequence[KernelTemplate] = (),
     foreign: tuple[str, ...] | None = (),
+    quantize_kernels: str = "auto",
 ) -> Compiled:
     """Choose kernels and compile; rewrites `gm` in place.
 
     `inductor` is torch's own compiler object, which holds the user's Inductor options. `templates` are those from
     outside; `foreign` identifies all code from outside for cache keys, None keeps the result out of caches.
+    `quantize_kernels` is the option of that name.
     """
     by_node = select_cpu_kernels(gm) | select_attention_kernels(gm)
+    by_node |= select_quantize_kernels(gm, quantize_kernels)
     theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
     inductor.config[_PASS_OPTION] = cache_fingerprint(theirs, foreign)
     others = {op.overload: op for template in templates for op in template.ops}

@@ -28,7 +28,8 @@ EPS = 1e-30
 """Floor of a row's largest magnitude: 127 / EPS and EPS / 127 are both normal fp32 numbers."""
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
+    """Raise ValueError for integers that int8 does not hold."""
     if not 2 <= bits <= 8:
         raise ValueError(f"quantize: bits={bits}; int8 storage holds 2 to 8 bits")
 
@@ -49,7 +50,7 @@ def quantize_per_token(x_MK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for `bits` outside 2..8 or K == 0.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if x_MK.dim() == 0:
         raise ValueError("quantize_per_token: a token is the last dimension; got a 0-d tensor")
     return _quantize_rows(x_MK, bits)
@@ -60,7 +61,7 @@ def quantize_per_channel(w_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for `bits` outside 2..8 or a weight that is not 2-D.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if w_NK.dim() != 2:
         raise ValueError(f"quantize_per_channel: a weight is [N, K]; got shape {tuple(w_NK.shape)}")
     q_NK, scale_N1 = _quantize_rows(w_NK, bits)
@@ -72,7 +73,7 @@ def quantize_per_group(w_NK: Tensor, bits: int, group: int) -> tuple[Tensor, Ten
 
     Raises ValueError for `bits` outside 2..8, a group below 1 or a weight that is not 2-D.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if w_NK.dim() != 2 or group < 1:
         raise ValueError(
             f"quantize_per_group: a weight is [N, K] and a group at least 1; got shape {tuple(w_NK.shape)}, {group}"

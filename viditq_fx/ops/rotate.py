@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from viditq_fx.ops.base import QuantOp, Sample, register
-from viditq_fx.ops.quantize import quantize_per_token
+from viditq_fx.ops.quantize import check_bits, quantize_per_token
 
 LARGEST_BLOCK = 256
 
@@ -101,6 +101,16 @@ def rotate_quantize(
     padded = F.pad(rotated, (0, -width % group))  # zeros change no group's largest magnitude
     q, scale = quantize_per_token(padded.reshape(*rows, -(-width // group), group), bits)
     return q.reshape(padded.shape)[..., :width].contiguous(), scale.squeeze(-1)
+
+
+def check_rotate_quantize(x: Tensor, multiplier: Tensor | None, block: int, bits: int, group: int) -> None:
+    """Raise what `rotate_quantize` raises for these arguments."""
+    check_bits(bits)
+    if group < 0:
+        raise ValueError(
+            f"rotate_quantize: a group has at least 1 channel, or is 0 for whole rows; got {group}"
+        )
+    _check(x, multiplier, block, "rotate_quantize: x is [..., K]")
 
 
 def fake_rotated(x: Tensor, *_: object) -> Tensor:

@@ -167,7 +167,8 @@ def attention_int8_kernel(
     q_MD = tl.load(q_at, mask=(m_M[:, None] < rows) & (d_D[None, :] < D), other=0)
     # A tile lies in one block of queries, so that its scale is one number. Base 2: exp2 is what the device has.
     q_block = (batch * HEADS + head) * tl.cdiv(LQ, SCALE_M) + first // SCALE_M
-    q_scale = tl.load(q_scale_ptr + q_block) * scale * LOG2_E
+    # Inductor passes a float as fp64: without the cast all scores would be.
+    q_scale = (tl.load(q_scale_ptr + q_block) * scale * LOG2_E).to(tl.float32)
 
     top_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
