@@ -7,13 +7,14 @@ from importlib import import_module
 
 import torch
 import triton
-from nogpu.interpreter import fix_dot
+from nogpu.interpreter import fix_dot, fix_scalars
 
 
 def main(source: str, target: str) -> None:
     """IN: a list of (module of the template, args of the op, GemmConfig). OUT: the list of results."""
     assert triton.knobs.runtime.interpret, "start this process with TRITON_INTERPRET=1"
     fix_dot()
+    fix_scalars()
     cases = torch.load(source, weights_only=False)
     templates = {name: import_module(f"viditq_fx.triton_templates.{name}") for name, _, _ in cases}
     torch.save([templates[name].launch(*args, config=config) for name, args, config in cases], target)
