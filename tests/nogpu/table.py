@@ -25,13 +25,17 @@ from viditq_fx.triton_templates import (
     linear_fp8,
     linear_w4a8,
     linear_w8a8,
+    linear_w8a8_persistent,
     linear_w8a8_split_k,
+    linear_w8a8_tma,
 )
 from viditq_fx.triton_templates.base import KernelTemplate
 
 GEMMS = (
     (linear_w8a8.TEMPLATE, linear_w8a8.linear_w8a8_kernel, "*i8", "*i8"),
     (linear_w8a8_split_k.TEMPLATE, linear_w8a8_split_k.linear_w8a8_split_k_kernel, "*i8", "*i8"),
+    (linear_w8a8_persistent.TEMPLATE, linear_w8a8_persistent.linear_w8a8_persistent_kernel, "*i8", "*i8"),
+    (linear_w8a8_tma.TEMPLATE, linear_w8a8_tma.linear_w8a8_tma_kernel, "*i8", "*i8"),
     (linear_w4a8.TEMPLATE, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
     (linear_w4a8.TEMPLATE_GROUPED, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
     (linear_fp8.TEMPLATE, linear_fp8.linear_w8a8_fp8_kernel, "*fp8e4nv", "*fp8e4nv"),
@@ -113,7 +117,7 @@ def main() -> int:
     if reason := missing():
         print(f"nothing can be assembled here: {reason}", file=sys.stderr)
         return 2
-    row = "{:20} {:>6} {:38} {:>9} {:>10} {:>7}  {}"
+    row = "{:22} {:>6} {:38} {:>9} {:>10} {:>7}  {}"
     print(row.format("kernel", "arch", "config", "registers", "shared KiB", "spills", "matrix instructions"))
     bad = 0
     for case in cases():

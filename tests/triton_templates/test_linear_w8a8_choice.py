@@ -1,12 +1,20 @@
 """Which linear_w8a8 kernel and tile the estimate takes, by shape."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the templates import Triton")
 
 from viditq_fx.lowering.linear import ROUTES
-from viditq_fx.triton_templates import linear_fp8, linear_w8a8, linear_w8a8_split_k
+from viditq_fx.triton_templates import (
+    linear_fp8,
+    linear_w8a8,
+    linear_w8a8_persistent,
+    linear_w8a8_split_k,
+    linear_w8a8_tma,
+)
 from viditq_fx.triton_templates.base import LinearProblem, estimated_cost, shape_class, slice_depth
 
 PROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
@@ -86,7 +94,34 @@ def test_every_program_of_a_split_has_some_of_k_where_there_is_enough(depth):
             assert parts == config.split_k or depth <= config.block_k
 
 
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("template", [linear_w8a8_persistent.TEMPLATE, linear_w8a8_tma.TEMPLATE])
+def test_walking_over_tiles_is_offered_and_not_chosen_unmeasured(arch, template):
+    for rows, depth, width in (
+        (4608, 3072, 3072),
+        (32760, 5120, 13824),
+        (129, 1152, 1152),
+        (8192, 1152, 128),
+    ):
+        given = problem(rows, depth, width, arch)
+        assert template.supports(given) is None
+        assert template.cost(template.candidates(given)[0], given) > chosen(given)[0].cost(
+            chosen(given)[1], given
+        )
+
+
+def test_why_not_persistent_or_descriptors():
+    supports = linear_w8a8_tma.TEMPLATE.supports
+    assert "sm_90 and sm_100" in supports(problem(4096, 1152, 1152, arch=89))
+    assert "more than 128 rows" in supports(problem(128, 1152, 1152))
+    assert supports(problem(4096, 1000, 1152)) == (
+        "a descriptor's rows begin at multiples of 16 bytes; got K=1000"
+    )
+    assert supports(replace(problem(4096, 1152, 1152), why_no_descriptors="no")) == "no"
+    assert linear_w8a8_persistent.TEMPLATE.supports(problem(4096, 1000, 1152)) is None
+
+
 def test_why_not():
     supports = linear_w8a8_split_k.TEMPLATE.supports
     assert supports(problem(129, 4096, 1152)) == "splitting K is for 128 rows or fewer; got 129"
-    assert "sm_75" in supports(LinearProblem(**{**problem(17, 4096, 64).__dict__, "capability": (7, 5)}))
+    assert "sm_75" in supports(replace(problem(17, 4096, 64), capability=(7, 5)))

@@ -20,7 +20,18 @@ def tile(m, n, k, split=1, group_m=8):
     )
 
 
-SPLIT = "linear_w8a8_split_k"
+SPLIT, PERSISTENT, TMA = "linear_w8a8_split_k", "linear_w8a8_persistent", "linear_w8a8_tma"
+PROGRAMS = {SPLIT: {}, PERSISTENT: {"programs": 3}, TMA: {"programs": 3}}
+"""Three programs for more tiles: each walks over several, and the last ones over fewer."""
+WALKS = {
+    "one-row": ((1, 96, 48), tile(16, 16, 32)),
+    "17-rows": ((17, 80, 24), tile(16, 16, 32)),
+    "33-rows-ragged-n": ((33, 256, 50), tile(32, 32, 64)),
+    "all-ragged": ((77, 336, 131), tile(32, 32, 128)),
+    "groups": ((100, 192, 90), tile(32, 32, 64, group_m=2)),
+    "fewer-tiles-than-programs": ((16, 64, 16), tile(16, 16, 32)),
+}
+"""(M, K, N), config. K is a multiple of 16, as descriptors want it."""
 EXACT = {
     # label: (module, (M, K, N), config); K of 333 is three tiles of 128, of which the last has 77.
     "one-row": (SPLIT, (1, 512, 48), tile(16, 32, 64, split=4)),
@@ -30,6 +41,8 @@ EXACT = {
     "odd-k": (SPLIT, (31, 77, 33), tile(32, 32, 32, split=2)),
     "empty-last-part": (SPLIT, (16, 96, 16), tile(16, 16, 32, split=4)),
     "parts-and-groups": (SPLIT, (100, 192, 90), tile(32, 32, 64, split=3, group_m=2)),
+    **{f"{name}-{label}": (name, *walk) for name in (PERSISTENT, TMA) for label, walk in WALKS.items()},
+    f"{PERSISTENT}-odd-k": (PERSISTENT, (31, 77, 33), tile(32, 32, 32)),
 }
 
 
@@ -42,14 +55,21 @@ def exact_args(shape):
     return x, torch.ones(rows, 1), w, torch.ones(width), None, torch.float32
 
 
-SAMPLES = {f"{SPLIT}-{s.label}": (SPLIT, s.args) for s in LINEAR_W8A8.samples(torch.device("cpu"))}
+SAMPLES = {
+    f"{name}-{s.label}": (name, s.args)
+    for name in PROGRAMS
+    for s in LINEAR_W8A8.samples(torch.device("cpu"))
+    if name != TMA or s.args[0].shape[-1] % 16 == 0
+}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     cases = {label: (module, exact_args(shape), config) for label, (module, shape, config) in EXACT.items()}
-    cases |= {label: (module, args, tile(16, 32, 32, split=2)) for label, (module, args) in SAMPLES.items()}
-    out = run_interpreted("nogpu.interpret_linear", list(cases.values()), tmp_path_factory.mktemp("run"))
+    for label, (module, args) in SAMPLES.items():
+        cases[label] = (module, args, tile(16, 32, 32, split=2 if module == SPLIT else 1))
+    payload = [(*case, PROGRAMS[case[0]]) for case in cases.values()]
+    out = run_interpreted("nogpu.interpret_linear", payload, tmp_path_factory.mktemp("run"))
     return dict(zip(cases, out, strict=True))
 
 

@@ -99,6 +99,25 @@ def contiguous(box: Box) -> Box:
     return ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(box))
 
 
+def why_no_descriptors(boxes: Sequence[Box], multiple: int) -> str | None:
+    """Why a kernel cannot make tensor descriptors of `boxes`, which then begin at multiples of so many bytes; or None.
+
+    A launch takes memory for descriptors from an allocator that Triton keeps in a context variable. Inductor sets it at
+    every launch on torch 2.11; on 2.13 at a kernel's first alone, so that a call from another thread finds none.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.virtualized import V
+
+    if "_cached_launcher" in CachingAutotuner.run.__code__.co_names:
+        return f"torch {torch.__version__} gives descriptors memory only in the thread that launches a kernel first"
+    for box in boxes:
+        offset = box.get_layout().offset * box.get_dtype().itemsize
+        known = V.graph.sizevars.statically_known_multiple_of(offset, multiple)
+        if not known or box.get_name() in V.graph.unaligned_buffers:
+            return f"a descriptor's memory begins at a multiple of {multiple} bytes; that of x or w may not"
+    return None
+
+
 def output_layout(box: Box, size: Sequence[Any], dtype: torch.dtype) -> Any:
     """Row-major layout of a result on `box`'s device."""
     from torch._inductor import ir

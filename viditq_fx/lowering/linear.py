@@ -28,8 +28,20 @@ from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
 from viditq_fx.report import SIMULATION
-from viditq_fx.triton_templates import linear_fp8, linear_w4a8, linear_w8a8, linear_w8a8_split_k
-from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
+from viditq_fx.triton_templates import (
+    linear_fp8,
+    linear_w4a8,
+    linear_w8a8,
+    linear_w8a8_persistent,
+    linear_w8a8_split_k,
+    linear_w8a8_tma,
+)
+from viditq_fx.triton_templates.base import (
+    DESCRIPTOR_ALIGNMENT,
+    GemmConfig,
+    KernelTemplate,
+    LinearProblem,
+)
 
 EXTERN = "extern:int_mm"
 EAGER = "eager reference"
@@ -55,7 +67,13 @@ def _scaled_mm_fits(problem: LinearProblem | str, bias: Any) -> bool:
 
 
 _INT8 = Route(
-    templates=(linear_w8a8.TEMPLATE, linear_w8a8_split_k.TEMPLATE),
+    templates=(
+        linear_w8a8.TEMPLATE,
+        linear_w8a8_split_k.TEMPLATE,
+        # Rated below the first, so that they are chosen where they are timed and not before.
+        linear_w8a8_persistent.TEMPLATE,
+        linear_w8a8_tma.TEMPLATE,
+    ),
     extern=viditq_int_mm_linear,
     extern_name=EXTERN,
 )
@@ -182,6 +200,7 @@ def _problem(
         capability=torch.cuda.get_device_capability(device),
         processors=_processors(device),
         grouped=len(w_scale.get_size()) == 2,
+        why_no_descriptors=inductor.why_no_descriptors((x_q, w_q), DESCRIPTOR_ALIGNMENT),
     )
 
 
@@ -265,9 +284,10 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
     lines.append(template.body)
     for d in batch:
         stride = " * ".join(f"({sizes[e]})" for e in batch if e > d) or "1"
-        lines.append(f"    idx_{d} = idx_m // ({stride})" + (f" % ({sizes[d]})" if d else ""))
+        modulo = f" % ({sizes[d]})" if d else ""
+        lines.append(f"{' ' * template.store_indent}idx_{d} = idx_m // ({stride}){modulo}")
     indices = [*(f"idx_{d}" for d in batch), "idx_n"]
-    lines.append(_store(indices, "y_acc", 4))
+    lines.append(_store(indices, "y_acc", template.store_indent))
     return "\n".join(lines) + "\n"
 
 

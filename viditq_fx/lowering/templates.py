@@ -15,7 +15,15 @@ from viditq_fx.plugins import TEMPLATES_GROUP, Failure, attempt, installed, refu
 from viditq_fx.report import CompileReport
 from viditq_fx.triton_templates.base import KernelTemplate
 
-OUR_NAMES = ("linear_w8a8", "linear_w8a8_split_k", "linear_w4a8", "linear_w4a8_g128", "linear_w8a8_fp8")
+OUR_NAMES = (
+    "linear_w8a8",
+    "linear_w8a8_split_k",
+    "linear_w8a8_persistent",
+    "linear_w8a8_tma",
+    "linear_w4a8",
+    "linear_w4a8_g128",
+    "linear_w8a8_fp8",
+)
 
 # Context, not state: set only while one graph is compiled, so concurrent compilations do not mix.
 _OUTSIDE: ContextVar[tuple[KernelTemplate, ...]] = ContextVar("viditq_templates", default=())

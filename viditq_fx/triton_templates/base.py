@@ -23,6 +23,9 @@ from viditq_fx.ops.base import QuantOp
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Largest shared memory of one block, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
+DESCRIPTOR_ALIGNMENT = 16
+"""Bytes at whose multiples a tensor descriptor's memory and each of its rows begin (CUDA driver API, tensor maps)."""
+
 
 def architecture(capability: tuple[int, int]) -> int | None:
     """(major, minor) -> the architecture whose configs fit it: 80, 89, 90 or 100; None below sm_80.
@@ -81,6 +84,8 @@ class LinearProblem:
     """Number of streaming multiprocessors."""
     grouped: bool = False
     """The weight has a scale for each group of input channels, not one for each output channel alone."""
+    why_no_descriptors: str | None = None
+    """Why x and w cannot be read through tensor descriptors here, or None; K is the template's to check."""
 
 
 def shape_constants(config: GemmConfig, rows: int | None, width: int, depth: int) -> dict[str, Any]:
