@@ -3,11 +3,11 @@
     PYTHONPATH=. python benchmarks/gpu.py [--sweep] [--only flux] [--minutes 7] [--commit HASH] [--dry-run]
 
 Nothing is timed unless the kernel is exact on this device: every int32 sum equal to an fp64 matrix
-product, for odd shapes, M = 1..17 and every config. The other schemes (w4a8, w4a8-g128, w4a8 and
-w4a4 with input scales of blocks, fp8) are checked in the same
-way, and one that is wrong is left out alone. Methods of one shape are timed in rotation, each
-as a CUDA graph of several calls over rotating operands (more than L2 holds), so that neither launch
-cost nor a warm cache nor the clock favours one. The result file is rewritten after every shape.
+product, for odd shapes, M = 1..17 and every config. The other schemes (w4a8, w4a8-g128, w4a8 and w4a4 with input
+scales of blocks, fp8) and the variants of the kernel (split-K, persistent, TMA) are checked in the same way, and one
+that is wrong is left out alone. Methods of one shape are timed in rotation, each as a CUDA graph of several calls over
+rotating operands (more than L2 holds), so that neither launch cost nor a warm cache nor the clock favours one. The
+result file is rewritten after every shape.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from gpu_checks import SHAPES, Shape, compiled_checks, correctness, guarded, problem, quantized_linear
 from gpu_schemes import SCHEMES, method_names, scheme_checks, scheme_methods
+from gpu_variants import VARIANTS, variant_checks, variant_methods, variant_names
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -224,13 +225,16 @@ def _percentiles(times: list[float]) -> dict[str, float]:
     return {"p20": cuts[1], "p50": statistics.median(times), "p80": cuts[7], "rounds": len(times)}
 
 
-def time_shape(shape: Shape, sweep: bool, rounds: int, skip: set[str], schemes: list[str]) -> dict[str, Any]:
+def time_shape(
+    shape: Shape, sweep: bool, rounds: int, skip: set[str], schemes: list[str], variants: list[str]
+) -> dict[str, Any]:
     """Every method on one shape; a method that fails is recorded with its error and left out."""
     copies = max(2, min(8, -(-OPERAND_BYTES // (shape.depth * (shape.rows + shape.width)))))
     operands = [Operands.make(shape) for _ in range(copies)]
     flops = 2 * shape.rows * shape.depth * shape.width
     calls = max(copies, min(32, int(4e-3 * 5e14 / flops)))
     makers = methods(shape, operands) | scheme_methods(shape, operands, schemes)
+    makers |= variant_methods(shape, operands, variants)
     if sweep:
         args = ("x_q", "x_scale", "w_q", "w_scale", "bias")
         for config in SWEEP:
@@ -316,6 +320,8 @@ def main() -> int:
     if options.dry_run:
         print(json.dumps(environment(options.commit), indent=1), *shapes, sep="\n")
         print("and at each of them, beside what w8a8 is compared with:", *method_names(), sep="\n  ")
+        for what, shape in (("up to 128", next(s for s in SHAPES if s.rows <= 128)), ("more", SHAPES[0])):
+            print(f"variants of the kernel at {what} rows:", *variant_names(shape), sep="\n  ")
         return 0
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device; --dry-run does not", file=sys.stderr)
@@ -338,8 +344,11 @@ def main() -> int:
         print(*record["checks_compiled"].items(), sep="\n", flush=True)
         skip = set() if set(record["checks_compiled"].values()) == {"ok"} else {OURS_COMPILED}
         record["checks_schemes"] = {name: guarded(partial(scheme_checks, name)) for name in SCHEMES}
-        schemes = [name for name, found in record["checks_schemes"].items() if set(found.values()) == {"ok"}]
+        schemes = right(record["checks_schemes"])
         print(f"schemes that are right here: {', '.join(schemes) or 'none'}", flush=True)
+        record["checks_variants"] = {name: guarded(partial(variant_checks, name)) for name in VARIANTS}
+        variants = right(record["checks_variants"])
+        print(f"variants that are right here: {', '.join(variants) or 'none'}", flush=True)
         if options.sweep:
             precompile(shapes, SWEEP)
         for shape in shapes:
@@ -347,7 +356,9 @@ def main() -> int:
                 print(f"out of time before {shape}", flush=True)
                 break
             try:
-                record["shapes"].append(time_shape(shape, options.sweep, options.rounds, skip, schemes))
+                record["shapes"].append(
+                    time_shape(shape, options.sweep, options.rounds, skip, schemes, variants)
+                )
                 show(record["shapes"][-1], shape, time.monotonic() - begun)
             except Exception:  # noqa: BLE001 - one failing shape must not lose the rest
                 record["shapes"].append({**asdict(shape), "error": traceback.format_exc()[-2000:]})
@@ -357,6 +368,11 @@ def main() -> int:
             torch.cuda.empty_cache()
     print(f"wrote {out}")
     return 0
+
+
+def right(checks: dict[str, dict[str, str]]) -> list[str]:
+    """What was checked and found right in every case."""
+    return [name for name, found in checks.items() if set(found.values()) == {"ok"}]
 
 
 def save(record: dict[str, Any], out: Path) -> None:

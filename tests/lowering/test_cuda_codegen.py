@@ -237,12 +237,13 @@ def test_non_contiguous_input_is_copied():
 
 
 def test_declined_problem_runs_extern(monkeypatch):
-    from viditq_fx.triton_templates import linear_w8a8
+    from viditq_fx.lowering.linear import ROUTES
 
     def declines(problem):
         return "declined for the test"
 
-    monkeypatch.setitem(linear_w8a8.TEMPLATE.__dict__, "supports", declines)
+    for template in ROUTES[torch.ops.viditq.linear_w8a8.default].templates:
+        monkeypatch.setitem(template.__dict__, "supports", declines)
     code, log = generate(linear((40, 96), 33, wrap=lambda y, x: y * 2))
     assert "extern_kernels.viditq_int_mm_linear(" in code
     assert "out_dtype=torch.bfloat16" in code

@@ -32,6 +32,8 @@ class Assembly:
     """Local-memory loads and stores in the machine code."""
     wide_loads: int
     """Loads and copies from global memory of 16 bytes a thread."""
+    tensor_loads: int
+    """Copies of whole tiles through a tensor descriptor (TMA)."""
 
 
 def assemble(
@@ -101,6 +103,7 @@ def _read(compiled: Any) -> Assembly:
         ptx_mma=collections.Counter(PTX_MMA.findall(compiled.asm["ptx"])),
         sass_mma=collections.Counter(SASS_MMA.findall(sass)),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        tensor_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\S*global", compiled.asm["ptx"])),
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", sass)),
     )
 

@@ -28,6 +28,9 @@ from viditq_fx.triton_templates import (
     linear_w4_block,
     linear_w4a8,
     linear_w8a8,
+    linear_w8a8_persistent,
+    linear_w8a8_split_k,
+    linear_w8a8_tma,
     quantize_rows,
     rotate_quantize,
 )
@@ -35,6 +38,9 @@ from viditq_fx.triton_templates.base import SHARED_BYTES, KernelTemplate
 
 GEMMS = (
     (linear_w8a8.TEMPLATE, linear_w8a8.linear_w8a8_kernel, "*i8", "*i8"),
+    (linear_w8a8_split_k.TEMPLATE, linear_w8a8_split_k.linear_w8a8_split_k_kernel, "*i8", "*i8"),
+    (linear_w8a8_persistent.TEMPLATE, linear_w8a8_persistent.linear_w8a8_persistent_kernel, "*i8", "*i8"),
+    (linear_w8a8_tma.TEMPLATE, linear_w8a8_tma.linear_w8a8_tma_kernel, "*i8", "*i8"),
     (linear_w4a8.TEMPLATE, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
     (linear_w4a8.TEMPLATE_GROUPED, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
     *(
@@ -74,14 +80,22 @@ class Case:
     run: Callable[[], Assembly]
 
 
-def linear(gemm: tuple[KernelTemplate, Any, str, str], arch: int, config: Any, width: int = 1152) -> Assembly:
+def linear(
+    gemm: tuple[KernelTemplate, Any, str, str],
+    arch: int,
+    config: Any,
+    width: int = 1152,
+    depth: int | None = None,
+) -> Assembly:
     """A GEMM with a bias, M dynamic."""
     template, kernel, x, w = gemm
-    signature = {"x_ptr": x, "w_ptr": w, "bias_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32"}
+    signature = {"x_ptr": x, "w_ptr": w, "bias_ptr": "*bf16", "M": "i32"}
     signature |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
-    depth = 3072 if config.block_k == 128 else 1152
+    signature |= {"y_ptr": "*i32" if template.partial_sums else "*bf16"}
+    depth = depth or (3072 if config.block_k == 128 else 1152)
     fixed = template.constants(config, None, width, depth)
-    fixed |= {"N": width, "K": depth, "HAS_BIAS": True, "INDEX_DTYPE": tl.int32}
+    fixed |= {"N": width, "K": depth, "HAS_BIAS": True, "INDEX_DTYPE": tl.int32, "PROGRAMS": 132}
+    signature, fixed = ({n: v for n, v in d.items() if n in kernel.arg_names} for d in (signature, fixed))
     return assemble(kernel, signature, fixed, arch, warps=config.num_warps, stages=config.num_stages)
 
 
@@ -172,7 +186,7 @@ def main() -> int:
     if reason := missing():
         print(f"nothing can be assembled here: {reason}", file=sys.stderr)
         return 2
-    row = "{:22} {:>6} {:34} {:>9} {:>10} {:>7}  {}"
+    row = "{:22} {:>6} {:38} {:>9} {:>10} {:>7}  {}"
     print(row.format("kernel", "arch", "config", "registers", "shared KiB", "spills", "matrix instructions"))
     bad = 0
     for case in cases():

@@ -99,6 +99,25 @@ def contiguous(box: Box) -> Box:
     return ir.ExternKernel.require_contiguous_strides(ir.ExternKernel.realize_input(box))
 
 
+def why_no_descriptors(boxes: Sequence[Box], multiple: int) -> str | None:
+    """Why a kernel cannot make tensor descriptors of `boxes`, which then begin at multiples of so many bytes; or None.
+
+    A launch takes memory for descriptors from an allocator that Triton keeps in a context variable. Inductor sets it at
+    every launch on torch 2.11; on 2.13 at a kernel's first alone, so that a call from another thread finds none.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.virtualized import V
+
+    if "_cached_launcher" in CachingAutotuner.run.__code__.co_names:
+        return f"torch {torch.__version__} gives descriptors memory only in the thread that launches a kernel first"
+    for box in boxes:
+        offset = box.get_layout().offset * box.get_dtype().itemsize
+        known = V.graph.sizevars.statically_known_multiple_of(offset, multiple)
+        if not known or box.get_name() in V.graph.unaligned_buffers:
+            return f"a descriptor's memory begins at a multiple of {multiple} bytes; that of x or w may not"
+    return None
+
+
 def output_layout(box: Box, size: Sequence[Any], dtype: torch.dtype) -> Any:
     """Row-major layout of a result on `box`'s device."""
     from torch._inductor import ir
@@ -110,15 +129,19 @@ def triton_template(name: str, source: str) -> Any:
     """The `TritonTemplate` of that name; made at the first call.
 
     `source` is Inductor's template text. Its grid is one program a [BLOCK_M, BLOCK_N] tile of a
-    [rows, columns] result. Torch keeps templates by name, so one name means one source for good.
+    [rows, columns] result; SPLIT of them with that constant, PROGRAMS at most with that one.
+    Torch keeps templates by name, so one name means one source for good.
     """
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
-    def tiles(rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, ...]:
-        return cdiv(rows, meta["BLOCK_M"]) * cdiv(columns, meta["BLOCK_N"]), 1, 1
+    def programs(
+        rows: Any, columns: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any], min: Callable[..., Any]
+    ) -> tuple[Any, ...]:
+        tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(columns, meta["BLOCK_N"]) * meta.get("SPLIT", 1)
+        return min(tiles, meta["PROGRAMS"]) if "PROGRAMS" in meta else tiles, 1, 1
 
     known = TritonTemplate.all_templates.get(name)
-    return known or TritonTemplate(name=name, grid=SymbolicGridFn(tiles), source=source)
+    return known or TritonTemplate(name=name, grid=SymbolicGridFn(programs), source=source)
 
 
 def triton_choice(
@@ -131,11 +154,12 @@ def triton_choice(
     num_stages: int,
     num_warps: int,
     constants: dict[str, Any],
+    value: str = "tl.float32",
 ) -> Choice:
-    """`template` with one config as a way to compute a node of `layout`.
+    """`template` with one config as a way to compute a node of `layout`; it stores a value of type `value`.
 
-    ACC_TYPE is fp32 whatever the kernel accumulates in: torch 2.13 casts the stored value to it
-    before a fused epilogue, so int32 would truncate the dequantized value.
+    That is fp32 wherever the kernel scales, whatever it accumulates in: torch 2.13 casts the stored value to
+    ACC_TYPE before a fused epilogue, so int32 would truncate the dequantized value.
     """
     choices: list[Choice] = []
     error = template.maybe_append_choice(
@@ -145,11 +169,50 @@ def triton_choice(
         call_sizes=[rows, columns],
         num_stages=num_stages,
         num_warps=num_warps,
-        ACC_TYPE="tl.float32",
+        ACC_TYPE=value,
         **constants,
     )
     assert len(choices) == 1, f"template {template.name} made no choice: {error}"
     return choices[0]
+
+
+def dequantized_sum(
+    partial_sums: Box,
+    x_scale: Box,
+    w_scale: Box,
+    bias: Box | None,
+    *,
+    parts: int,
+    size: Sequence[Any],
+    out_dtype: torch.dtype,
+) -> Box:
+    """int32 [parts, M, N] -> (sum of the parts) * s_x * s_w (+ bias) in fp32, cast to `out_dtype`: [*size], not stored.
+
+    `size` is [..., N] with M the product of the rest; x_scale is [..., 1], w_scale and bias are [N]. Pointwise, the
+    parts added one by one, so that Inductor fuses it into whatever reads it, reductions over rows too.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import ops
+
+    load_part, load_s_x, load_s_w = (box.make_loader() for box in (partial_sums, x_scale, w_scale))
+    load_bias = None if bias is None else bias.make_loader()
+
+    def value(index: Sequence[Any]) -> Any:
+        *rows, n = index
+        m: Any = 0
+        for length, i in zip(size[:-1], rows, strict=True):
+            m = m * length + i
+        total = load_part([0, m, n])
+        for part in range(1, parts):
+            total = ops.add(total, load_part([part, m, n]))
+        y = ops.mul(ops.to_dtype(total, torch.float32, torch.int32), load_s_x([*rows, 0]))
+        y = ops.mul(y, load_s_w([n]))
+        if load_bias is not None:
+            y = ops.add(y, ops.to_dtype(load_bias([n]), torch.float32))
+        return ops.to_dtype(y, out_dtype, torch.float32)
+
+    device = partial_sums.get_device()
+    return ir.Pointwise.create(device=device, dtype=out_dtype, inner_fn=value, ranges=list(size))
 
 
 def extern_choice(kernel: Callable[..., Any], inputs: Sequence[Box], layout: Any, **options: Any) -> Choice:

@@ -3,7 +3,8 @@
 Templates from outside are asked before ours.
 
 One config is chosen by an estimate of waves x tile work, which needs no device and no benchmark.
-When the user asks Inductor to autotune and a device is there, all configs and cuBLAS are timed.
+When the user asks Inductor to autotune and a device is there, all configs and cuBLAS are timed: but not those that
+split K, whose result has another shape. Where the estimate prefers one of those it is taken.
 """
 
 from __future__ import annotations
@@ -28,8 +29,21 @@ from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
 from viditq_fx.report import SIMULATION
-from viditq_fx.triton_templates import linear_fp8, linear_w4_block, linear_w4a8, linear_w8a8
-from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
+from viditq_fx.triton_templates import (
+    linear_fp8,
+    linear_w4_block,
+    linear_w4a8,
+    linear_w8a8,
+    linear_w8a8_persistent,
+    linear_w8a8_split_k,
+    linear_w8a8_tma,
+)
+from viditq_fx.triton_templates.base import (
+    DESCRIPTOR_ALIGNMENT,
+    GemmConfig,
+    KernelTemplate,
+    LinearProblem,
+)
 
 EXTERN = "extern:int_mm"
 EAGER = "eager reference"
@@ -56,7 +70,17 @@ def _scaled_mm_fits(problem: LinearProblem | str, bias: Any) -> bool:
     return not isinstance(problem, str) and why_no_scaled_mm(problem, bias) is None
 
 
-_INT8 = Route(templates=(linear_w8a8.TEMPLATE,), extern=viditq_int_mm_linear, extern_name=EXTERN)
+_INT8 = Route(
+    templates=(
+        linear_w8a8.TEMPLATE,
+        linear_w8a8_split_k.TEMPLATE,
+        # Rated below the first, so that they are chosen where they are timed and not before.
+        linear_w8a8_persistent.TEMPLATE,
+        linear_w8a8_tma.TEMPLATE,
+    ),
+    extern=viditq_int_mm_linear,
+    extern_name=EXTERN,
+)
 ROUTES: dict[Any, Route] = {
     LINEAR_W8A8.overload: _INT8,
     LINEAR_W8A7.overload: _INT8,
@@ -108,8 +132,14 @@ def lower_linear(
     problem = _problem(device, size, inputs, templates, out_dtype, *depth)
     tuned = inductor.wants_autotuning()
     configs, declined = _configs(templates, route.templates, problem, tuned)
+    for label, (template, config) in configs.items():
+        if template.partial_sums:  # it comes alone
+            _record(overload, label, "; ".join(["estimated best tile", *declined]))
+            return _split(template, config, inputs, size, out_dtype)
     named = {
-        label: _choice(template, config, inputs, layout, size, bias is not None, *depth)
+        label: _choice(
+            template, config, inputs, layout, size, bias is not None, _processors(device), *depth
+        )
         for label, (template, config) in configs.items()
     }
     fits = route.extern_fits(problem, None if bias is None else bias.get_dtype())
@@ -135,8 +165,13 @@ def _configs(
     problem: LinearProblem | str,
     tuned: bool,
 ) -> tuple[dict[str, tuple[KernelTemplate, GemmConfig]], list[str]]:
-    """(what may be chosen by its label: all that fit where they are timed, else the first, why others declined)."""
-    configs: dict[str, tuple[KernelTemplate, GemmConfig]] = {}
+    """(what may be chosen by its label, why others declined).
+
+    The best by estimate, or all that fit where they are timed. The best is the first of the first template from
+    outside that accepts, else that of ours with the least cost; alone where it splits K, and timed are the others.
+    """
+    accepted: list[tuple[KernelTemplate, GemmConfig]] = []
+    firsts: list[tuple[bool, float, KernelTemplate, GemmConfig]] = []
     declined: list[str] = []
     mine: list[str] = []
     for template in templates:
@@ -144,10 +179,17 @@ def _configs(
         fitting = _fitting(template, problem, own)
         if isinstance(fitting, str):
             (mine if own else declined).append(fitting if own else f"{template.name} declined: {fitting}")
-        elif tuned or not configs:
-            configs |= {_label(template, c): (template, c) for c in fitting[: None if tuned else 1]}
-    # Of two kernels of ours for two kinds of scales one always declines: no news where the other serves.
-    return configs, declined if len(mine) < len(ours) else [*declined, *dict.fromkeys(mine)]
+            continue
+        accepted += [(template, config) for config in fitting]
+        cost = template.cost(fitting[0], problem) if own and not isinstance(problem, str) else 0.0
+        firsts.append((own, cost, template, fitting[0]))
+    if firsts:
+        *_, template, config = min(firsts, key=lambda first: first[:2])
+        alone = template.partial_sums or not tuned
+        accepted = [(template, config)] if alone else [pair for pair in accepted if not pair[0].partial_sums]
+    # Of kernels of ours for other scales, shapes or devices some always decline: no news where one serves.
+    news = declined if len(mine) < len(ours) else [*declined, *dict.fromkeys(mine)]
+    return {_label(template, config): (template, config) for template, config in accepted}, news
 
 
 def _fitting(
@@ -183,9 +225,14 @@ def _problem(
         depth=static_depth,
         out_dtype=out_dtype,
         capability=torch.cuda.get_device_capability(device),
-        processors=torch.cuda.get_device_properties(device).multi_processor_count,
+        processors=_processors(device),
         grouped=len(w_scale.get_size()) == 2,
+        why_no_descriptors=inductor.why_no_descriptors((x_q, w_q), DESCRIPTOR_ALIGNMENT),
     )
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _choice(
@@ -195,12 +242,16 @@ def _choice(
     layout: Any,
     size: list[Any],
     has_bias: bool,
+    processors: int,
     depth: Any = None,
 ) -> Any:
     rows, width = inductor.product(size[:-1]), size[-1]
     if depth is None:
         depth = inputs[{"x": 0, "w": 2}[template.depth_of]].get_size()[-1]
     name = f"viditq_{template.name}_{len(size)}d{'_bias' if has_bias else ''}"
+    constants = template.constants(config, inductor.static_int(rows), int(width), int(depth))
+    if template.persistent:
+        constants["PROGRAMS"] = processors
     return inductor.triton_choice(
         inductor.triton_template(name, template_source(template, len(size), has_bias)),
         inputs,
@@ -209,10 +260,35 @@ def _choice(
         columns=width,
         num_stages=config.num_stages,
         num_warps=config.num_warps,
-        constants={
-            **template.constants(config, inductor.static_int(rows), int(width), int(depth)),
-            "HAS_BIAS": has_bias,
-        },
+        constants={**constants, "HAS_BIAS": has_bias},
+    )
+
+
+def _split(
+    template: KernelTemplate, config: GemmConfig, inputs: list[Any], size: list[Any], out_dtype: torch.dtype
+) -> Any:
+    """The linear in two steps: int32 sums of parts of K, then an expression that adds and scales them."""
+    x_q, x_scale, w_q, w_scale, *bias = inputs
+    rows, width = inductor.product(size[:-1]), size[-1]
+    choice = inductor.triton_choice(
+        inductor.triton_template(f"viditq_{template.name}", partial_sums_source(template)),
+        [x_q, w_q],
+        inductor.output_layout(x_q, [config.split_k, rows, width], torch.int32),
+        rows=rows,
+        columns=width,
+        num_stages=config.num_stages,
+        num_warps=config.num_warps,
+        constants=template.constants(config, inductor.static_int(rows), int(width), int(w_q.get_size()[-1])),
+        value="tl.int32",
+    )
+    return inductor.dequantized_sum(
+        choice.output_node(),
+        x_scale,
+        w_scale,
+        bias[0] if bias else None,
+        parts=config.split_k,
+        size=size,
+        out_dtype=out_dtype,
     )
 
 
@@ -237,11 +313,30 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
     lines.append(template.body)
     for d in batch:
         stride = " * ".join(f"({sizes[e]})" for e in batch if e > d) or "1"
-        lines.append(f"    idx_{d} = idx_m // ({stride})" + (f" % ({sizes[d]})" if d else ""))
+        modulo = f" % ({sizes[d]})" if d else ""
+        lines.append(f"{' ' * template.store_indent}idx_{d} = idx_m // ({stride}){modulo}")
     indices = [*(f"idx_{d}" for d in batch), "idx_n"]
-    mask = "None if EVEN_M and EVEN_N else 'mask'"
-    lines.append(f"    {{{{store_output({indices}, 'y_acc', {mask}, val_shape=('BLOCK_M', 'BLOCK_N'))}}}}")
+    lines.append(_store(indices, "y_acc", template.store_indent))
     return "\n".join(lines) + "\n"
+
+
+def partial_sums_source(template: KernelTemplate) -> str:
+    """Inductor's template text of a kernel that writes int32 sums [split_k, M, N] of x [..., K] and w [N, K]."""
+    lines = [
+        "{{def_kernel('x_ptr', 'w_ptr')}}",
+        "    M = {{size(None, 1)}}",
+        "    N = {{size(None, 2)}}",
+        "    K = {{size('w_ptr', 1)}}",
+        template.body,
+        _store(["idx_s", "idx_m", "idx_n"], "acc", 4),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _store(indices: list[str], value: str, indent: int) -> str:
+    mask = "None if EVEN_M and EVEN_N else 'mask'"
+    options = f"indent_width={indent}, val_shape=('BLOCK_M', 'BLOCK_N')"
+    return f"{' ' * indent}{{{{store_output({indices}, {value!r}, {mask}, {options})}}}}"
 
 
 def _label(template: KernelTemplate, config: GemmConfig) -> str:

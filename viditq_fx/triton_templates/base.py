@@ -23,6 +23,9 @@ from viditq_fx.ops.base import QuantOp
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Largest shared memory of one block, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
 
+DESCRIPTOR_ALIGNMENT = 16
+"""Bytes at whose multiples a tensor descriptor's memory and each of its rows begin (CUDA driver API, tensor maps)."""
+
 
 def architecture(capability: tuple[int, int]) -> int | None:
     """(major, minor) -> the architecture whose configs fit it: 80, 89, 90 or 100; None below sm_80.
@@ -51,9 +54,12 @@ class GemmConfig:
     """Compute the transpose, w x: w is then the operand that sm_90 takes from registers (4-bit weights only)."""
     rate: float = 1.0
     """Throughput of a full tile relative to the architecture's best one: an estimate until measured."""
+    split_k: int = 1
+    """Programs that share a tile, each with a part of K (only where the template writes `partial_sums`)."""
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k}"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return tile if self.split_k == 1 else f"{tile} split {self.split_k}"
 
     @property
     def shared_bytes(self) -> int:
@@ -78,6 +84,8 @@ class LinearProblem:
     """Number of streaming multiprocessors."""
     grouped: bool = False
     """The weight has a scale for each group of input channels, not one for each output channel alone."""
+    why_no_descriptors: str | None = None
+    """Why x and w cannot be read through tensor descriptors here, or None; K is the template's to check."""
 
 
 def shape_constants(config: GemmConfig, rows: int | None, width: int, depth: int) -> dict[str, Any]:
@@ -115,27 +123,42 @@ class KernelTemplate:
     K is an argument of the op, and `constants` holds it."""
     fits: Callable[[GemmConfig, LinearProblem], bool] = lambda config, problem: True
     """Whether a config serves a problem that `supports` accepts; one of each list has to serve every one."""
+    partial_sums: bool = False
+    """The kernel writes int32 sums [split_k, M, N] of x and w alone; adding and scaling them is left to Inductor."""
+    persistent: bool = False
+    """The grid is one program a processor (constant PROGRAMS), and the store stands in the loop over tiles."""
+    cost: Callable[[GemmConfig, LinearProblem], float] = lambda config, problem: estimated_cost(
+        config, problem
+    )
+    """Estimate that orders this template's configs, and our templates among each other where nothing is timed."""
 
     @cached_property
     def body(self) -> str:
         """The kernel's lines between its docstring and its store, indented by four spaces."""
         return body_of(self.source_file.read_text(encoding="utf-8"), self.kernel)
 
+    @property
+    def store_indent(self) -> int:
+        """Spaces in front of the store that follows `body`: 4, or 8 in a loop."""
+        return _parts(self.source_file.read_text(encoding="utf-8"), self.kernel)[1].col_offset
+
     def candidates(self, problem: LinearProblem) -> tuple[GemmConfig, ...]:
         """The configs of the problem's architecture and shape class, best estimate first.
 
         Raises AssertionError for a problem that `supports` declines.
         """
-        arch = architecture(problem.capability)
-        wanted = (arch, shape_class(problem.rows))
+        arch, shape = architecture(problem.capability), shape_class(problem.rows, problem.width)
+        listed = [(known, name) for known, name, _ in self.configs]
+        if shape == "tall" and (arch, shape) not in listed:
+            shape = "wide"
         found = [
             c
-            for known, shape, configs in self.configs
+            for known, name, configs in self.configs
             for c in configs
-            if (known, shape) == wanted and self.fits(c, problem)
+            if (known, name) == (arch, shape) and self.fits(c, problem)
         ]
-        assert found, f"{self.name} has no config for {wanted}"
-        return tuple(sorted(found, key=lambda config: estimated_cost(config, problem)))
+        assert found, f"{self.name} has no config for {(arch, shape)}"
+        return tuple(sorted(found, key=lambda config: self.cost(config, problem)))
 
 
 def why_no_int8(problem: LinearProblem) -> str | None:
@@ -155,29 +178,51 @@ def why_no_gemm(problem: LinearProblem) -> str | None:
     return None
 
 
-def shape_class(rows: int) -> str:
-    """M -> "skinny" (up to 32 rows: conditioning vectors) or "wide" (tokens)."""
-    return "skinny" if rows <= 32 else "wide"
+def shape_class(rows: int, width: int) -> str:
+    """M, N -> "skinny" (up to 32 rows: conditioning vectors), "tall" (8 times as many rows as columns, of which there
+    are 512 at most) or "wide" (tokens). A template without a list for "tall" takes the one for "wide".
+    """
+    if rows <= 32:
+        return "skinny"
+    return "tall" if width <= 512 and rows >= 8 * width else "wide"
 
 
 def estimated_cost(config: GemmConfig, problem: LinearProblem) -> float:
-    """Waves of tiles times the work of one tile, in arbitrary units: only its order matters."""
+    """Waves of tiles times the products of one tile for each k, over its rate: only the order matters."""
     tiles = -(-problem.rows // config.block_m) * -(-problem.width // config.block_n)
-    waves = -(-tiles // problem.processors)
-    return waves * config.block_m * config.block_n / config.rate
+    waves = -(-tiles * config.split_k // problem.processors)
+    share = slice_depth(config, problem.depth) / problem.depth
+    return waves * config.block_m * config.block_n * share / config.rate
+
+
+def slice_depth(config: GemmConfig, depth: int) -> int:
+    """How much of K one program adds up: K itself, or with split_k whole tiles of it; the last ones may have less."""
+    if config.split_k == 1:
+        return depth
+    tiles = -(-depth // config.block_k)
+    return -(-tiles // config.split_k) * config.block_k
 
 
 def body_of(text: str, function: str) -> str:
-    """Python source -> the lines of `function` after its docstring and before its last statement.
+    """Python source -> the lines of `function` after its docstring and before its last statement, the store.
 
-    Raises AssertionError when the function is missing or does not end in one `tl.store(...)`.
+    The store may be the last statement of a loop that is the function's last. Raises AssertionError when the function
+    is missing or does not end in one `tl.store(...)`.
     """
-    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function]
-    assert len(nodes) == 1, f"{function} is defined {len(nodes)} times"
-    docstring, *_, store = nodes[0].body
-    assert ast.get_docstring(nodes[0]), f"{function} must open with its formula"
-    assert ast.unparse(store).startswith("tl.store("), f"{function} must end in tl.store"
+    docstring, store = _parts(text, function)
     lines = text.splitlines()[docstring.end_lineno : store.lineno - 1]
     body = textwrap.indent(textwrap.dedent("\n".join(lines)), "    ").rstrip() + "\n"
     assert not {"{{", "{%"} & {body[i : i + 2] for i in range(len(body))}, f"{function} holds jinja syntax"
     return body
+
+
+def _parts(text: str, function: str) -> tuple[ast.stmt, ast.stmt]:
+    """(docstring, store) of a kernel."""
+    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == function]
+    assert len(nodes) == 1, f"{function} is defined {len(nodes)} times"
+    docstring, *_, store = nodes[0].body
+    assert ast.get_docstring(nodes[0]), f"{function} must open with its formula"
+    if isinstance(store, ast.For):
+        store = store.body[-1]
+    assert ast.unparse(store).startswith("tl.store("), f"{function} must end in tl.store"
+    return docstring, store

@@ -10,6 +10,7 @@ wgmma wants them), s_M and s_N fp32, bias_N any float dtype, y_MN the output dty
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,34 @@ _BLACKWELL = (
     GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=4, num_warps=8, rate=0.85),
     GemmConfig(block_m=64, block_n=128, block_k=128, num_stages=4, num_warps=4, rate=0.5),
 )
+# Few columns: all of w fits in L2, so tiles of N are walked first (group_m = 1), and a tile of x is read from memory
+# once. Tall tiles, because a tile wider than N computes columns that are thrown away.
+_TALL = {
+    arch: tuple(replace(config, group_m=1) for config in configs)
+    for arch, configs in {
+        80: (
+            GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=3, num_warps=8, rate=1.0),
+            GemmConfig(block_m=128, block_n=64, block_k=128, num_stages=4, num_warps=4, rate=0.7),
+            GemmConfig(block_m=64, block_n=64, block_k=128, num_stages=4, num_warps=4, rate=0.5),
+        ),
+        89: (
+            GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=3, num_warps=8, rate=1.0),
+            GemmConfig(block_m=128, block_n=64, block_k=128, num_stages=3, num_warps=4, rate=0.7),
+            GemmConfig(block_m=64, block_n=64, block_k=128, num_stages=4, num_warps=4, rate=0.5),
+        ),
+        90: (
+            GemmConfig(block_m=256, block_n=128, block_k=128, num_stages=3, num_warps=8, rate=1.0),
+            GemmConfig(block_m=128, block_n=256, block_k=128, num_stages=3, num_warps=8, rate=0.95),
+            GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=4, num_warps=8, rate=0.85),
+            GemmConfig(block_m=256, block_n=64, block_k=128, num_stages=4, num_warps=8, rate=0.7),
+            GemmConfig(block_m=128, block_n=64, block_k=128, num_stages=4, num_warps=4, rate=0.6),
+        ),
+        100: (  # 256x128 spills with group_m = 1
+            GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=4, num_warps=8, rate=0.85),
+            GemmConfig(block_m=128, block_n=64, block_k=128, num_stages=4, num_warps=4, rate=0.5),
+        ),
+    }.items()
+}
 
 TEMPLATE = KernelTemplate(
     name="linear_w8a8",
@@ -164,6 +193,7 @@ TEMPLATE = KernelTemplate(
         (89, "wide", _AMPERE_AND_ADA),
         (90, "wide", _HOPPER),
         (100, "wide", _BLACKWELL),
+        *((arch, "tall", configs) for arch, configs in _TALL.items()),
     ),
     supports=why_no_int8,
 )
