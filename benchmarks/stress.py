@@ -24,7 +24,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
+from diffusers import (
+    DiTTransformer2DModel,  # pyright: ignore[reportPrivateImportUsage]
+    LatteTransformer3DModel,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch import Tensor, nn
 
 NULL_CLASS = 10
@@ -203,10 +206,9 @@ def _stress_video_model(model: Any, stress: _Stress) -> None:
     blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(model.transformer_blocks)}
     blocks |= {f"temporal_{path}": model.temporal_transformer_blocks[i] for i, path in enumerate(blocks)}
     single = model.adaln_single
-    condition_TC = single.silu(
-        single.emb(TIMESTEPS_T, batch_size=len(TIMESTEPS_T), hidden_dtype=torch.float32)
-    )
-    adaln = AdaLN(single.linear, condition_TC)
+    count, size = len(TIMESTEPS_T), {"resolution": None, "aspect_ratio": None}
+    embedded_TC = single.emb(TIMESTEPS_T, **size, batch_size=count, hidden_dtype=torch.float32)
+    adaln = AdaLN(single.linear, single.silu(embedded_TC))
     attentions = [
         Readers(b.scale_shift_table, [b.attn1.to_q, b.attn1.to_k, b.attn1.to_v]) for b in blocks.values()
     ]

@@ -16,7 +16,7 @@ TILE = 12
 """A digit's square; its ink is about 10 x 10, so a ring of one pixel may leave the frame."""
 LARGEST_OFFSET = FRAME_SIZE + 2 - TILE
 """Offsets of a tile run from 0 to this in a canvas one pixel larger than the frame on every side."""
-LARGEST_SPEED = 2
+LARGEST_SPEED = 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MovingDigits:
     def draw(self, count: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return videos [count, 1, frames, 16, 16] in [-1, 1] and their digits [count].
 
-        Position and velocity (whole pixels a frame, -2 to 2 each way, never both 0) are drawn for each video.
+        Position and velocity (whole pixels a frame, -1 to 1 each way, never both 0) are drawn for each video.
         """
         index_n = torch.randint(len(self.tiles_ntt), (count,), generator=generator)
         speeds = 2 * LARGEST_SPEED + 1

@@ -72,7 +72,7 @@ class VideoTrainingConfig:
     steps: int = 3200
     """All steps."""
     image_batch_size: int = 64
-    video_batch_size: int = 16
+    video_batch_size: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     decay_fraction: float = 0.6

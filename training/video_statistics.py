@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from viditq_fx.demo.model import load_classifier
 from viditq_fx.demo.video_metrics import (
+    BACKGROUND,
+    INK,
     VIDEO_STATISTICS_ASSET,
     class_loss,
     fd_digits_frames,
@@ -59,7 +61,7 @@ def main() -> None:
         "frame_accuracy": frame_accuracy(video_n1fhw, label_n, classifier),
         "class_loss": class_loss(video_n1fhw, label_n, classifier),
         "frame_difference": frame_difference(video_n1fhw),
-        "speed": displacement(video_n1fhw, -1.0).norm(dim=-1).mean().item(),
+        "speed": displacement(video_n1fhw, BACKGROUND, INK).norm(dim=-1).mean().item(),
         "floor": {
             "videos": options.floor_count,
             "fd_digits_frames": [fd_digits_frames(part, classifier) for part in floor],

@@ -45,19 +45,18 @@ def centred_digits(video_n1fhw: Tensor) -> Tensor:
     _check(video_n1fhw)
     n, _, frames, _, _ = video_n1fhw.shape
     frame_m1hw = video_n1fhw.float().transpose(1, 2).reshape(n * frames, 1, FRAME_SIZE, FRAME_SIZE)
-    large_m1hw = F.interpolate(
-        frame_m1hw, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False
-    )
+    # Background all round, so that a digit at the border is enlarged like one in the middle.
+    border = FRAME_SIZE // 2
+    padded_m1hw = F.pad(frame_m1hw, (border, border, border, border), value=BACKGROUND)
+    large_m1hw = F.interpolate(padded_m1hw, scale_factor=2, mode="bilinear", align_corners=False)
     centre_m2 = centre_of_mass(large_m1hw[:, :, None], BACKGROUND, INK)[:, 0]
-    # Whole pixels: a digit is moved, never blurred. What lies outside of the frame is background.
-    offset_m2 = (centre_m2 - (IMAGE_SIZE - 1) / 2.0).round().long()
-    half = IMAGE_SIZE // 2
-    padded_mhw = F.pad(large_m1hw, (half, half, half, half), value=BACKGROUND)[:, 0]
-    index = half + torch.arange(IMAGE_SIZE, device=padded_mhw.device)
-    row_mh1 = (index + offset_m2[:, :1])[:, :, None]
-    column_m1w = (index + offset_m2[:, 1:])[:, None, :]
-    frame_m11 = torch.arange(n * frames, device=padded_mhw.device)[:, None, None]
-    return padded_mhw[frame_m11, row_mh1, column_m1w][:, None]
+    # Whole pixels: a digit is moved, never blurred; a hair more than a half, so that rounding decides no tie.
+    start_m2 = (centre_m2 - (IMAGE_SIZE - 1) / 2.0 + 0.501).floor().long()
+    index = torch.arange(IMAGE_SIZE, device=large_m1hw.device)
+    row_mh1 = (start_m2[:, :1] + index)[:, :, None]
+    column_m1w = (start_m2[:, 1:] + index)[:, None, :]
+    frame_m11 = torch.arange(n * frames, device=large_m1hw.device)[:, None, None]
+    return large_m1hw[frame_m11, 0, row_mh1, column_m1w][:, None]
 
 
 def frame_logits(video_n1fhw: Tensor, classifier: DigitClassifier | None = None) -> Tensor:
