@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
-from viditq_fx.demo.metrics import class_accuracy, features, frechet_distance, gaussian_statistics
+from viditq_fx.demo.metrics import class_accuracy, features
 from viditq_fx.demo.model import CLASS_COUNT, CLASSIFIER_ASSET, STATISTICS_ASSET, DigitClassifier
+from viditq_fx.quality import frechet_distance, gaussian_statistics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

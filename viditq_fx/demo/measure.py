@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from viditq_fx.demo.config import DemoConfig
-from viditq_fx.demo.metrics import class_accuracy, fd_digits, psnr, sqnr_db
+from viditq_fx.demo.metrics import class_accuracy, fd_digits
 from viditq_fx.demo.model import load_classifier
 from viditq_fx.demo.result import VariantFigures
 from viditq_fx.demo.variants import Variant, tensor_bytes
 from viditq_fx.inspection import ExplainReport, explain
+from viditq_fx.quality import psnr, sqnr_db
 
 Advance = Callable[[], None]
 """Called after each unit of work."""

@@ -1,4 +1,4 @@
-"""Class-conditional sampling of digits by rectified flow with classifier-free guidance."""
+"""Class-conditional sampling by rectified flow with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from viditq_fx.demo.model import CLASS_COUNT, IMAGE_SIZE, NULL_CLASS
 Progress = Callable[[int, int], None]
 """Called after every model call with the number of calls done and their total."""
 
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(samples [b, ...], times [b] in 0..1000, labels [b]) -> the velocity noise - sample [b, ...]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -25,6 +28,8 @@ class SamplingConfig:
     """Weight w of velocity = uncond + w * (cond - uncond); 1 is plain conditional sampling."""
     batch_size: int = 50
     """Images per model call; the model sees twice as many rows, always the same number."""
+    time_shift: float = 1.0
+    """s: equal steps of t go to s t / (1 + (s - 1) t), which above 1 spends more of them near the noise."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -35,6 +40,10 @@ class SamplingConfig:
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} was asked for; a batch needs at least 1 image")
+        if not 0.0 < self.time_shift < float("inf"):
+            raise ValueError(
+                f"time_shift={self.time_shift} was asked for; choose a number above 0, usually 1 to 5"
+            )
 
 
 def balanced_labels(count: int) -> Tensor:
@@ -76,56 +85,68 @@ def sample(
     Raises ImportError when diffusers, whose scheduler takes the steps, is not installed.
     """
     config = SamplingConfig(steps=steps, guidance=guidance, batch_size=batch_size)
-    label_n = _checked_labels(labels)
-    noise_n1hw = initial_noise(len(label_n), seed)
-    batch_count = -(-len(label_n) // batch_size)
+    label_n = checked_labels(labels)
+
+    def velocity(image_b1hw: Tensor, time_b: Tensor, label_b: Tensor) -> Tensor:
+        return model(image_b1hw.to(dtype), timestep=time_b, class_labels=label_b, return_dict=False)[0]
+
+    return follow_flow(velocity, initial_noise(len(label_n), seed), label_n, config, progress, device)
+
+
+def follow_flow(
+    velocity: Velocity,
+    noise: Tensor,
+    label_n: Tensor,
+    config: SamplingConfig,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return what the flow makes of noise [n, ...], in [-1, 1], float32 on the CPU.
+
+    velocity: called with rows [2 * batch_size, ...] on `device`, cond then uncond, their times [2 * batch_size] in
+        0..1000 and labels, of which NULL_CLASS is uncond. Every call has the same number of rows: the last batch
+        is padded by repeating its own.
+    """
+    batch_count = -(-len(label_n) // config.batch_size)
     batches = []
     for batch in range(batch_count):
         # Row i of the last batch repeats image i mod (images left): same shape, same statistics.
-        start = batch * batch_size
-        row_b = start + torch.arange(batch_size) % min(batch_size, len(label_n) - start)
+        start = batch * config.batch_size
+        row_b = start + torch.arange(config.batch_size) % min(config.batch_size, len(label_n) - start)
 
-        def report(done_steps: int, calls_before: int = batch * steps) -> None:
+        def report(done_steps: int, calls_before: int = batch * config.steps) -> None:
             if progress is not None:
-                progress(calls_before + done_steps, batch_count * steps)
+                progress(calls_before + done_steps, batch_count * config.steps)
 
-        image_b1hw = _sample_batch(
-            model, noise_n1hw[row_b].to(device), label_n[row_b].to(device), config, dtype, report
-        )
-        batches.append(image_b1hw.cpu())
+        drawn = _follow_batch(velocity, noise[row_b].to(device), label_n[row_b].to(device), config, report)
+        batches.append(drawn.cpu())
     return torch.cat(batches)[: len(label_n)].clamp(-1.0, 1.0)
 
 
 @torch.no_grad()
-def _sample_batch(
-    model: Callable[..., Any],
-    noise_b1hw: Tensor,
+def _follow_batch(
+    velocity: Velocity,
+    sample_b: Tensor,
     label_b: Tensor,
     config: SamplingConfig,
-    dtype: torch.dtype,
     report: Callable[[int], None],
 ) -> Tensor:
-    """Return the images [b, 1, 32, 32] in float32 of one batch; `report` hears the steps done."""
-    scheduler = _scheduler(config.steps, noise_b1hw.device)
+    """Return what the flow makes of one batch of noise, in float32; `report` hears the steps done."""
+    scheduler = _scheduler(config, sample_b.device)
     # Cond rows first, then uncond rows: one model call does both.
     label_2b = torch.cat([label_b, torch.full_like(label_b, NULL_CLASS)])
-    image_b1hw = noise_b1hw
     for done, time in enumerate(scheduler.timesteps, start=1):
-        velocity_2b1hw = model(
-            torch.cat([image_b1hw, image_b1hw]).to(dtype),
-            timestep=time.expand(len(label_2b)).contiguous(),
-            class_labels=label_2b,
-            return_dict=False,
-        )[0]
-        cond_b1hw, uncond_b1hw = velocity_2b1hw.float().chunk(2)
-        velocity_b1hw = uncond_b1hw + config.guidance * (cond_b1hw - uncond_b1hw)
-        image_b1hw = scheduler.step(velocity_b1hw, time, image_b1hw, return_dict=False)[0]
+        time_2b = time.expand(len(label_2b)).contiguous()
+        velocity_2b = velocity(torch.cat([sample_b, sample_b]), time_2b, label_2b).float()
+        cond_b, uncond_b = velocity_2b.chunk(2)
+        guided_b = uncond_b + config.guidance * (cond_b - uncond_b)
+        sample_b = scheduler.step(guided_b, time, sample_b, return_dict=False)[0]
         report(done)
-    return image_b1hw
+    return sample_b
 
 
-def _scheduler(steps: int, device: torch.device) -> Any:
-    """Return diffusers' Euler scheduler, set to `steps` equal steps from time 1 (noise) to time 0 (image)."""
+def _scheduler(config: SamplingConfig, device: torch.device) -> Any:
+    """Return diffusers' Euler scheduler, set to the config's steps from time 1 (noise) to time 0 (image)."""
     try:
         from diffusers import FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage]
     except ImportError as error:
@@ -133,12 +154,13 @@ def _scheduler(steps: int, device: torch.device) -> Any:
             "the demo samples with a scheduler of diffusers, and diffusers cannot be imported; "
             "run: pip install viditq_fx[diffusers]"
         ) from error
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=[1.0 - step / steps for step in range(steps)], device=device)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.time_shift)
+    sigmas = [1.0 - step / config.steps for step in range(config.steps)]
+    scheduler.set_timesteps(sigmas=sigmas, device=device)
     return scheduler
 
 
-def _checked_labels(labels: Tensor | Sequence[int]) -> Tensor:
+def checked_labels(labels: Tensor | Sequence[int]) -> Tensor:
     """Return the labels as [n] int64 on the CPU, or raise ValueError for what is no list of digits."""
     label_n = torch.as_tensor(labels).cpu()
     if label_n.ndim != 1 or len(label_n) == 0:

@@ -137,9 +137,7 @@ def lower_linear(
             _record(overload, label, "; ".join(["estimated best tile", *declined]))
             return _split(template, config, inputs, size, out_dtype)
     named = {
-        label: _choice(
-            template, config, inputs, layout, size, bias is not None, _processors(device), *depth
-        )
+        label: _choice(template, config, inputs, layout, size, bias is not None, _processors(device), *depth)
         for label, (template, config) in configs.items()
     }
     fits = route.extern_fits(problem, None if bias is None else bias.get_dtype())
