@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from viditq_fx.calibration.allocate import allocate
     from viditq_fx.calibration.run import calibrate
+    from viditq_fx.calibration.sensitivity import measure_sensitivity
+    from viditq_fx.calibration.sensitivity_table import SensitivityTable
     from viditq_fx.errors import (
         OptionError,
         RecipeError,
@@ -37,13 +40,16 @@ _HOMES = {
     "RecipeError": "viditq_fx.errors",
     "ReleasedWeightError": "viditq_fx.errors",
     "SchemeError": "viditq_fx.errors",
+    "SensitivityTable": "viditq_fx.calibration.sensitivity_table",
     "SitePlan": "viditq_fx.recipe",
     "StrictError": "viditq_fx.errors",
     "ViditqError": "viditq_fx.errors",
     "WeightError": "viditq_fx.errors",
+    "allocate": "viditq_fx.calibration.allocate",
     "available_schemes": "viditq_fx.scheme",
     "calibrate": "viditq_fx.calibration.run",
     "explain": "viditq_fx.inspection",
+    "measure_sensitivity": "viditq_fx.calibration.sensitivity",
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
     "forced_bits": "viditq_fx.switching_graph",
@@ -62,16 +68,19 @@ __all__ = [
     "RecipeError",
     "ReleasedWeightError",
     "SchemeError",
+    "SensitivityTable",
     "SitePlan",
     "StrictError",
     "ViditqError",
     "WeightError",
     "__version__",
+    "allocate",
     "available_schemes",
     "calibrate",
     "explain",
     "forced_bits",
     "generation",
+    "measure_sensitivity",
     "quantize_",
     "repack",
     "reset",
