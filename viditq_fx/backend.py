@@ -66,7 +66,13 @@ def _compile_quantized(
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
     quantized = copy_graph_module(gm)
-    ctx = PassContext(scheme=ours.scheme, keep=ours.keep, attention=ours.attention, report=report)
+    ctx = PassContext(
+        scheme=ours.scheme,
+        keep=ours.keep,
+        attention=ours.attention,
+        selection="auto" if ours.weighs_speed else "always",
+        report=report,
+    )
     pipeline = build_pipeline(ours, report, _trace)
     pipeline.run(quantized, ctx)
     if ours.strict:

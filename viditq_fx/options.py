@@ -13,6 +13,7 @@ from viditq_fx.scheme import QuantScheme
 
 WEIGHTS_MODES = ("keep", "release")
 ATTENTION_MODES = ("auto", "int8", "keep")
+SELECTION_MODES = ("auto", "always")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class CompileOptions:
     attention: str = "auto"
     """"auto": quantize attention where a kernel of ours is faster than SDPA. "int8": wherever its form allows,
     by the reference where there is no kernel (slow). "keep": leave SDPA alone."""
+    selection: str = "auto"
+    """"auto": on a GPU, a site that is expected to be no faster quantized stays in full precision, unless memory is
+    what was asked for (4-bit weights, or weights="release"). "always": quantize whatever the policy plans."""
     extra_passes: tuple[Any, ...] = ()
     """Passes of the user's, each alone or in before(name, pass) or after(name, pass) of passes/pipeline.py."""
     extra_templates: tuple[Any, ...] = ()
@@ -39,6 +43,11 @@ class CompileOptions:
     """Use the passes and kernel templates that installed packages offer through entry points."""
     mode: str | None = None
     """Inductor's mode ("max-autotune", ...): torch.compile forbids `mode=` beside `options=`."""
+
+    @property
+    def weighs_speed(self) -> bool:
+        """Whether a site that would run no faster quantized is to stay in full precision."""
+        return self.selection == "auto" and self.weights == "keep" and self.scheme.weight_bits == 8
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -71,8 +80,9 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     for key in ("strict", "plugins"):
         if not isinstance(ours.get(key, False), bool):
             raise OptionError(f"option {key!r} is True or False, not {ours[key]!r}")
-    for key, allowed in (("weights", WEIGHTS_MODES), ("attention", ATTENTION_MODES)):
-        if ours.get(key, "keep") not in allowed:
+    choices = {"weights": WEIGHTS_MODES, "attention": ATTENTION_MODES, "selection": SELECTION_MODES}
+    for key, allowed in choices.items():
+        if ours.get(key, allowed[0]) not in allowed:
             raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")

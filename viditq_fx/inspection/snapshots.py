@@ -168,7 +168,11 @@ class _Recorder:
     def run(self, gm: fx.GraphModule, options: CompileOptions) -> None:
         report = CompileReport(scheme=str(options.scheme), device="")
         ctx = PassContext(
-            scheme=options.scheme, keep=options.keep, attention=options.attention, report=report
+            scheme=options.scheme,
+            keep=options.keep,
+            attention=options.attention,
+            selection="auto" if options.weighs_speed else "always",
+            report=report,
         )
         self._copy(CAPTURED, gm, ())
 

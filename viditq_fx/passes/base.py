@@ -37,6 +37,8 @@ class PassContext:
     keep: tuple[str, ...] = ()
     attention: str = "auto"
     """"auto", "int8" or "keep", as in CompileOptions."""
+    selection: str = "always"
+    """"auto": sites that are expected to run no faster quantized stay in full precision. "always": none does."""
     report: CompileReport = field(default_factory=lambda: CompileReport(scheme="", device=""))
     sites: dict[str, SiteReport] = field(default_factory=dict)
     """Node name of each annotated site -> its report."""
