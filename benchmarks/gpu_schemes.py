@@ -123,7 +123,8 @@ def scheme_methods(
     return found
 
 
-def _quantized(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+def quantized_operands(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+    """Copies of x, w and bias in bf16 -> the operands of a scheme's linear."""
     scheme = QuantScheme.parse(name)
     return [
         (*quantize_input(o.x, scheme), *quantize_weight(o.w, scheme.weight_form), o.bias) for o in operands
@@ -131,7 +132,7 @@ def _quantized(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
 
 
 def _gemm_only(name: str, shape: Shape, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
-    kernel, given = SCHEMES[name], _quantized(name, operands)
+    kernel, given = SCHEMES[name], quantized_operands(name, operands)
     config = kernel.template.candidates(replace(problem(shape), grouped="-g" in name))[0]
     return lambda i: lambda: kernel.launch(*given[i], torch.bfloat16, config=config)
 
@@ -144,5 +145,5 @@ def _compiled(name: str, operands: Sequence[Any]) -> Callable[[int], Callable[[]
 
 
 def _scaled_mm(operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
-    given = _quantized("fp8", operands)
+    given = quantized_operands("fp8", operands)
     return lambda i: lambda: viditq_scaled_mm_linear(*given[i], out_dtype=torch.bfloat16)

@@ -2,8 +2,9 @@
 
 Templates from outside are asked before ours.
 
-One config is chosen by an estimate of waves x tile work, which needs no device and no benchmark.
-When the user asks Inductor to autotune and a device is there, all configs and cuBLAS are timed.
+One config is chosen by an estimate of waves x tile work, which needs no device and no benchmark, unless a file
+says which was fastest (tuned_configs.py). When the user asks Inductor to autotune and a device is there, all configs
+and cuBLAS are timed, and the winner is kept in such a file.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from viditq_fx.lowering.extern_linear import (
 )
 from viditq_fx.lowering.kernel_log import KernelRecord, record
 from viditq_fx.lowering.templates import outside_templates
+from viditq_fx.lowering.tuned_configs import known_kernel, remember
 from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
 from viditq_fx.report import SIMULATION
 from viditq_fx.triton_templates import linear_fp8, linear_w4a8, linear_w8a8
-from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, LinearProblem
+from viditq_fx.triton_templates.base import (
+    GemmConfig,
+    KernelTemplate,
+    LinearProblem,
+    generic_configs,
+)
 
 EXTERN = "extern:int_mm"
 EAGER = "eager reference"
@@ -84,36 +91,63 @@ def lower_linear(
         return inductor.zero_tensor(size, out_dtype, device)
     layout = inductor.output_layout(x_q, size, out_dtype)
     inputs = [inductor.contiguous(t) for t in (x_q, x_scale, w_q, w_scale, bias) if t is not None]
-    templates = (*outside_templates(overload), *route.templates)
+    outside = outside_templates(overload)
+    templates = (*outside, *route.templates)
     problem = _problem(device, size, inputs, templates, out_dtype)
-    tuned = inductor.wants_autotuning()
-    configs, declined = _configs(templates, route.templates, problem, tuned)
-    named = {
-        label: _choice(template, config, inputs, layout, size, bias is not None)
-        for label, (template, config) in configs.items()
-    }
-    fits = route.extern_fits(problem, None if bias is None else bias.get_dtype())
-    if route.extern is not None and fits and (tuned or not named):
-        named[route.extern_name] = inductor.extern_choice(route.extern, inputs, layout, out_dtype=out_dtype)
-    if not configs:
-        _record(overload, route.extern_name if named else route.reference, "; ".join(declined))
-        if named:
-            return named[route.extern_name].output_node()
+    configs, declined = _configs(templates, route.templates, problem)
+    fits = route.extern is not None and route.extern_fits(problem, None if bias is None else bias.get_dtype())
+    externs = (route.extern_name,) if fits else ()
+    if not configs and not externs:
+        _record(overload, route.reference, "; ".join(declined))
         return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype)
+    labels, why = _shortlist(overload, device, problem, tuple(configs), externs, files=not outside)
+    named = {
+        label: _choice(*configs[label], inputs, layout, size, bias is not None)
+        if label in configs
+        else inductor.extern_choice(route.extern, inputs, layout, out_dtype=out_dtype)  # type: ignore[arg-type]
+        for label in labels
+    }
     result, winner = inductor.select(_op_name(overload), list(named.values()), inputs, layout)
     kernel = next((label for label, choice in named.items() if choice is winner), "autotuned")
-    why = f"fastest of {len(named)} timed" if tuned else "estimated best tile"
-    _record(overload, kernel, "; ".join([why, *declined]))
+    if len(named) > 1 and kernel in named and not outside and not isinstance(problem, str):
+        remember(_op_name(overload), problem, torch.cuda.get_device_name(device), kernel)
+    _record(overload, kernel, "; ".join([*why, *declined]))
     return result
+
+
+def _shortlist(
+    overload: Any,
+    device: torch.device,
+    problem: LinearProblem | str,
+    configs: tuple[str, ...],
+    externs: tuple[str, ...],
+    *,
+    files: bool,
+) -> tuple[tuple[str, ...], list[str]]:
+    """(what is built, and timed if it is several; why). `configs` are of all templates, best estimate first.
+
+    `files`: whether what was measured before counts. It does not where templates from outside take part, which
+    it may never have met.
+    """
+    if isinstance(problem, str) or not configs:
+        return externs, []
+    generic = [note] if (note := generic_configs(problem.capability)) else []
+    timing, op, everything = inductor.wants_autotuning(), _op_name(overload), (*configs, *externs)
+    if files:
+        known = known_kernel(op, problem, torch.cuda.get_device_name(device), everything, timing=timing)
+        if known is not None:
+            return (known.kernel,), [known.source, *generic]
+    if timing:
+        return everything, [f"fastest of {len(everything)} timed", *generic]
+    return configs[:1], ["estimated best tile", *generic]
 
 
 def _configs(
     templates: Sequence[KernelTemplate],
     ours: Sequence[KernelTemplate],
     problem: LinearProblem | str,
-    tuned: bool,
 ) -> tuple[dict[str, tuple[KernelTemplate, GemmConfig]], list[str]]:
-    """(what may be chosen by its label: all that fit where they are timed, else the first, why others declined)."""
+    """(all that may be chosen by its label, in the order of templates and estimates; why others declined)."""
     configs: dict[str, tuple[KernelTemplate, GemmConfig]] = {}
     declined: list[str] = []
     mine: list[str] = []
@@ -122,8 +156,8 @@ def _configs(
         fitting = _fitting(template, problem, own)
         if isinstance(fitting, str):
             (mine if own else declined).append(fitting if own else f"{template.name} declined: {fitting}")
-        elif tuned or not configs:
-            configs |= {_label(template, c): (template, c) for c in fitting[: None if tuned else 1]}
+        else:
+            configs |= {kernel_label(template, c): (template, c) for c in fitting}
     # Of two kernels of ours for two kinds of scales one always declines: no news where the other serves.
     return configs, declined if len(mine) < len(ours) else [*declined, *dict.fromkeys(mine)]
 
@@ -218,7 +252,8 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _label(template: KernelTemplate, config: GemmConfig) -> str:
+def kernel_label(template: KernelTemplate, config: GemmConfig) -> str:
+    """The name of a kernel in reports and in files of tuned kernels."""
     return f"triton:{template.name} {config} s{config.num_stages} w{config.num_warps}"
 
 
