@@ -1,7 +1,5 @@
 """`benchmarks/gpu.py --write-tuned`: what it times is what could be chosen, and its file is obeyed."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,12 +11,9 @@ from viditq_fx.lowering.tuned_configs import known_kernel, write_tuned
 from viditq_fx.ops.weight_forms import LINEARS
 from viditq_fx.triton_templates.base import LinearProblem
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def gpu_tuned(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def gpu_tuned():
     import gpu_tuned
 
     return gpu_tuned
