@@ -56,6 +56,7 @@ def test_without_typer_the_message_says_what_to_install():
         (["explain", "digits", "--weights", "burn"], ["burn", "release"]),
         (["explain", "nonsense"], ["nonsense", "package.module:function"]),
         (["explain", "digits", "--attention", "int4"], ["int4", "keep"]),
+        (["explain", "digits", "--selection", "never"], ["never", "always"]),
         (["explain", "no_such_module_xyz:f"], ["no_such_module_xyz"]),
         (["explain", "folder/my_file.py:f"], ["not a file's", "my_model:make"]),
         (["explain", "json:no_such_function"], ["no_such_function"]),
