@@ -70,6 +70,7 @@ def main() -> int:
 
     asked = read_options("w8a8", (), None, None)
     rounds: list[dict[str, float]] = []
+    found: Findings | None = None
     run()
     for _ in range(options.rounds):
         torch._dynamo.reset()
@@ -82,7 +83,7 @@ def main() -> int:
 
             row["cold_cpu_s"], row["cold_wall_s"] = seconds(watched)
             row["warm_cpu_s"], row["warm_wall_s"] = seconds(watched)
-            found = watched() if len(rounds) == 0 else found
+            found = found or watched()
         rounds.append(row)
         print({name: round(value, 2) for name, value in row.items()}, flush=True)
     whole = {}
@@ -93,6 +94,7 @@ def main() -> int:
     def ratio(kind: str) -> float:
         return round(statistics.median(row[f"{kind}_cpu_s"] / row["plain_cpu_s"] for row in rounds), 3)
 
+    assert found is not None, "--rounds is 1 at least"
     counted, rows = nbytes(found)
     plain = statistics.median(row["plain_cpu_s"] for row in rounds)
     record = {

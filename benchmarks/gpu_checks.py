@@ -140,3 +140,10 @@ def guarded(checks: Callable[[], Iterator[tuple[str, str | None]]]) -> dict[str,
         results[f"after {len(results)} checks"] = f"{type(error).__name__}: {str(error)[:1000]}"
         print(f"FAILED {list(results.items())[-1]}", flush=True)
     return results
+
+
+def sqnr(want: list[Tensor], got: list[Tensor]) -> float:
+    """dB over all results of a block or a model."""
+    signal = sum(float(w.double().square().sum()) for w in want)
+    noise = sum(float((w.double() - g.double()).square().sum()) for w, g in zip(want, got, strict=True))
+    return float("inf") if noise == 0 else 10 * float(torch.log10(torch.tensor(signal / noise)))

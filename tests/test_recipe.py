@@ -226,10 +226,13 @@ def test_any_json_anywhere_loads_or_is_a_recipe_error(tmp_path, place, value):
             document = document[step]
         document[last] = value
 
+    refused = ""
     try:
         loaded = vq.Recipe.load(changed(tmp_path, change))
     except vq.RecipeError as error:
-        assert "recipe.json" in str(error)
+        refused = str(error)
+    if refused:
+        assert "recipe.json" in refused
     else:
         assert isinstance(loaded.scheme, vq.QuantScheme)
         assert all(isinstance(plan, vq.SitePlan) for plan in loaded.sites.values())
@@ -244,10 +247,12 @@ def test_any_bytes_anywhere_load_as_they_were_or_are_a_recipe_error(tmp_path, da
     at = data.draw(st.integers(0, len(content) - 1))
     content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
     file.write_bytes(content)
+    refused = str(tmp_path)
     try:
         vq.Recipe.load(tmp_path)
     except vq.RecipeError as error:
-        assert str(tmp_path) in str(error)
+        refused = str(error)
+    assert str(tmp_path) in refused
 
 
 def test_check_lists_what_does_not_fit():

@@ -42,8 +42,9 @@ def quantize_(
     `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
     precision; `scheme` is "w8a8" unless given. A `recipe` (of `calibrate`, or the directory of a saved one)
-    brings schemes, balance and rotation by site, and its own scheme and keep. The model then runs eagerly and
-    compiled, moves, copies and saves in int8.
+    brings schemes, balance and rotation by site, and its own scheme and keep. Layers that would run faster in full
+    precision are quantized too: this is for memory. The model then runs eagerly and compiled, moves, copies and
+    saves in int8.
 
     Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
     Raises SchemeError, OptionError or RecipeError for wrong arguments, ViditqError without an example call,

@@ -53,8 +53,10 @@ def hooked(model, run):
 def state(recipe):
     """All of a recipe that can be compared."""
     return {
-        path: (str(p.scheme), p.rotation, p.reason)
-        + tuple(None if t is None else t.tolist() for t in (p.multiplier, p.input_scale))
+        path: (
+            *(str(p.scheme), p.rotation, p.reason),
+            *(None if t is None else t.tolist() for t in (p.multiplier, p.input_scale)),
+        )
         for path, p in recipe.sites.items()
     }
 

@@ -136,6 +136,10 @@ def explain(
     attention: Annotated[
         str | None, typer.Option(help="auto, int8 or keep: what becomes of attention.  [default: auto]")
     ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(help="auto or always: whether bf16 stays where it is faster on a GPU.  [default: auto]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     out: Annotated[
         Path | None,
@@ -162,7 +166,8 @@ def explain(
         from viditq_fx.inspection.files import check_writable, write_text
         from viditq_fx.options import split_options
 
-        given = {"scheme": scheme, "keep": keep, "weights": weights, "attention": attention}
+        given = {"scheme": scheme, "keep": keep, "weights": weights}
+        given |= {"attention": attention, "selection": selection}
         options = {name: value for name, value in given.items() if value}
         # What is wrong is told now, before the imports, the model and the compiler.
         split_options(options)

@@ -34,7 +34,7 @@ class ExplainedSite(SiteReport):
     """A site under its full module path, merged over the graphs and calls that ran it."""
 
     calls: int = 1
-    """Times that it ran during the one call of the model; `flops` is their sum."""
+    """Times that it ran during the one call of the model; `flops` and the expected times are their sums."""
     resident_full: int = 0
     """Bytes of the full-precision weight in memory now."""
     resident_packed: int = 0
@@ -90,6 +90,17 @@ class ExplainReport:
             "model_bytes": self.model_bytes,
         }
 
+    def expected_times(self) -> dict[str, float] | None:
+        """Microseconds that all linears should take, "us" as they run and "full_us" in full precision.
+
+        An estimate made before compiling (see cost_model); None where one of them is not known.
+        """
+        full = [site.expected_full_us for site in self.sites]
+        run = [s.expected_us if s.outcome == "quantized" else s.expected_full_us for s in self.sites]
+        if not full or None in full or None in run:
+            return None
+        return {"us": sum(us for us in run if us), "full_us": sum(us for us in full if us)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, ready for JSON: what was found, its breakdown by role, kernel and pass.
 
@@ -104,7 +115,7 @@ class ExplainReport:
         for key, sites in (("sites", self.sites), ("attention", self.attention)):
             for entry, site in zip(data[key], sites, strict=True):
                 entry["outcome"] = site.outcome
-        return {**data, "totals": self.totals(), **breakdown(self)}
+        return {**data, "totals": self.totals(), "expected": self.expected_times(), **breakdown(self)}
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
@@ -271,6 +282,9 @@ def _merge(sites: Sequence[ExplainedSite]) -> list[ExplainedSite]:
             continue
         merged[key].calls += 1
         merged[key].flops += site.flops
+        for name in ("expected_us", "expected_full_us"):
+            one, more = getattr(merged[key], name), getattr(site, name)
+            setattr(merged[key], name, None if one is None or more is None else one + more)
         merged[key].flops_hinted |= site.flops_hinted
     return list(merged.values())
 

@@ -39,10 +39,28 @@ def tables(report: ExplainReport) -> tuple[Table, ...]:
 
 
 def site_table(report: ExplainReport) -> Table:
-    """One row for each site and attention call."""
-    columns = ("site", "role", "MxKxN", "outcome", "kernel", "FLOPs", "weight", "why")
+    """One row for each site and attention call; the expected times where any is known."""
+    columns = ("site", "role", "MxKxN", "outcome", "kernel", "FLOPs", EXPECTED, "weight", "why")
     rows = tuple(_site_row(site) for site in everything(report))
-    return Table(title="sites", columns=columns, numeric=("FLOPs",), rows=rows)
+    if not has_expected(report):
+        at = columns.index(EXPECTED)
+        columns, rows = columns[:at] + columns[at + 1 :], tuple(row[:at] + row[at + 1 :] for row in rows)
+    return Table(title="sites", columns=columns, numeric=("FLOPs", EXPECTED), rows=rows)
+
+
+EXPECTED = "us (in full)"
+"""Title of the column of expected times."""
+
+
+def has_expected(report: ExplainReport) -> bool:
+    """Whether the cost model knows the time of any site: not on CPUs."""
+    return any(site.expected_full_us is not None for site in report.sites)
+
+
+def expected(site: ExplainedSite) -> str:
+    """Microseconds that a site should take as planned, then in full precision; "" where they are not known."""
+    full = "" if site.expected_full_us is None else f"({site.expected_full_us:.1f})"
+    return full if site.expected_us is None else f"{site.expected_us:.1f} {full}"
 
 
 def render_text(report: ExplainReport) -> str:
@@ -71,6 +89,7 @@ def _site_row(site: ExplainedSite) -> tuple[str, ...]:
         f"{site.outcome} {site.done}" if site.done else site.outcome,
         site.kernel or "",
         count_of(site.flops),
+        expected(site),
         weight,
         why(site),
     )

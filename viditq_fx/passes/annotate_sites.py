@@ -20,6 +20,7 @@ from viditq_fx.passes.effects import op_name, write_roots
 from viditq_fx.passes.opaque import why_opaque
 from viditq_fx.passes.policy import keeps, reason_to_keep
 from viditq_fx.passes.roles import find_roles, linear_input
+from viditq_fx.passes.selection import weigh
 from viditq_fx.passes.site_plan import site_plan
 from viditq_fx.report import SiteReport
 from viditq_fx.scheme import GROUP, QuantScheme
@@ -43,6 +44,7 @@ class AnnotateSites(Pass):
         flow, written = DataFlow(gm.graph), write_roots(gm.graph)
         roles = find_roles(gm.graph, flow)
         results: list[Match | Reject] = []
+        found: dict[fx.Node, Match | Reject] = {}
         for node in gm.graph.nodes:
             if node.name in ctx.sites or WIDE_KEY in node.meta:
                 continue
@@ -56,8 +58,12 @@ class AnnotateSites(Pass):
             entry = _describe(node, roles[node])
             ctx.sites[node.name] = entry
             ctx.report.sites.append(entry)
-            results.append(_plan(node, site, entry, ctx, written))
-        return tuple(results)
+            found[node] = _plan(node, site, entry, ctx, written)
+        for node, reason in weigh({node: rows_of(node) for node in found}, ctx).items():
+            entry, site = ctx.sites[node.name], node.meta[SITE_KEY]
+            entry.planned, entry.reason = None, reason
+            found[node] = Reject(site=site, reason=reason)
+        return (*results, *found.values())
 
 
 def fqn_of_node(node: fx.Node) -> str:
@@ -130,6 +136,12 @@ def hint(size: Any) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
+def rows_of(node: fx.Node) -> int | None:
+    """M of a linear at compile time; None where a size is not known."""
+    hints = [hint(size) for size in row_sizes(node)]
+    return None if None in hints else math.prod(h for h in hints if h is not None)
+
+
 def _describe(node: fx.Node, role: str) -> SiteReport:
     weight = _weight_node(node)
     value = example(weight) if weight is not None else None
@@ -170,9 +182,7 @@ def _plan(
         entry.bytes_packed = sum(t.numel() * t.element_size() for t in stored)
         entry.bytes_full = 0
         return Match(site=site, detail="already an integer linear")
-    hints = [hint(size) for size in row_sizes(node)]
-    rows = None if None in hints else math.prod(h for h in hints if h is not None)
-    scheme, reason = _wanted(entry, rows, ctx)
+    scheme, reason = _wanted(entry, rows_of(node), ctx)
     if reason is None:
         entry.planned = str(scheme)
         reason = _why_impossible(node, written)
