@@ -101,7 +101,7 @@ def survey(
             f"measure_sensitivity: run reached no linear of this {type(watch.model).__name__} that can be "
             f"measured{told}"
         )
-    return Survey(units=_regrouped(units, groups), modules=modules, left=dict(sorted(left.items()))), output
+    return Survey(units=in_groups(units, groups), modules=modules, left=dict(sorted(left.items()))), output
 
 
 class _Inputs:
@@ -136,8 +136,11 @@ def _why_left(group: Group, model: nn.Module, recipe: Recipe) -> str | None:
     return None
 
 
-def _regrouped(units: list[Unit], groups: Mapping[str, str | Sequence[str]]) -> tuple[Unit, ...]:
-    """Put units that the user's globs name into the user's groups."""
+def in_groups(units: Sequence[Unit], groups: Mapping[str, str | Sequence[str]]) -> tuple[Unit, ...]:
+    """Put units that the user's globs name into the user's groups.
+
+    Raises RecipeError for globs that name nothing, or one unit for two groups.
+    """
     if not isinstance(groups, Mapping):
         raise RecipeError(f"groups={groups!r}; give a dict, group -> globs over module paths")
     chosen: dict[str, str] = {}
