@@ -250,7 +250,7 @@ def test_the_heat_map_is_a_png(table, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["greedy", "milp"])
-def test_what_was_made_sensitive_is_promoted_first_and_runs_on_integers(table, method):
+def test_what_was_made_sensitive_is_promoted_first_and_runs_on_integers(table, method, monkeypatch):
     if method == "milp":
         pytest.importorskip("scipy")
     (unit,) = (unit for unit in table.units if unit.name == SENSITIVE)
@@ -264,6 +264,8 @@ def test_what_was_made_sensitive_is_promoted_first_and_runs_on_integers(table, m
         4 + 4 * unit.weights / weights
     )
     model = film()
+    # Inductor's code is tested elsewhere; passes, kernels and reports are the real ones.
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
     with executions() as ran, torch.no_grad():
         run(torch.compile(model, backend="viditq", options={"recipe": recipe}))
     done = {site.fqn: site for one in ran for site in one.report.sites if site.planned}
@@ -335,7 +337,7 @@ SCHEMES = ("w4a8", "w6a6", "w8a8")
 ROWS = st.tuples(*[st.floats(0, 1, width=16)] * 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(ROWS, st.integers(1, 40)), min_size=1, max_size=6), st.floats(4, 8))
 def test_milp_is_the_optimum_and_never_worse_than_greedy(rows, bits):
     pytest.importorskip("scipy")
