@@ -16,7 +16,14 @@ from viditq_fx.scheme import QuantScheme, available_schemes
 from viditq_fx.timestep import Clock, timestep_name
 
 LAYERS = {"q": 64, "k": 64, "v": 64, "out": 64, "up": 64, "down": 256}
-ERRORS = {"w6a6": 0.03, "w8a8-asym": 0.01, "w4a8-g128-asym-rot": 0.07, "dvd-w4a8": 0.08, "dvd-w4a4": 0.1}
+ERRORS = {
+    "w6a6": 0.03,
+    "w8a8-asym": 0.01,
+    "w4a8-g128-asym-rot": 0.07,
+    "dvd-w4a8": 0.08,
+    "dvd-w4a4": 0.1,
+    "w4a4-bgr-svd16": 0.1,
+}
 
 
 def compiled(model, **options):
