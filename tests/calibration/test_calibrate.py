@@ -53,10 +53,13 @@ def hooked(model, run):
 def state(recipe):
     """All of a recipe that can be compared."""
     return {
-        path: (str(p.scheme), p.rotation, p.reason)
-        + tuple(None if t is None else t.tolist() for t in (p.multiplier, p.input_scale))
+        path: (str(p.scheme), p.rotation, p.reason, _values(p.multiplier), _values(p.input_scale))
         for path, p in recipe.sites.items()
     }
+
+
+def _values(tensor):
+    return None if tensor is None else tensor.tolist()
 
 
 def test_sites_are_those_of_quantize_and_of_the_backend():

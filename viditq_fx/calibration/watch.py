@@ -27,7 +27,7 @@ from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import is_mutation, may_write
 from viditq_fx.passes.linearize_convolutions import LinearizeConvolutions
 from viditq_fx.passes.normalize import Normalize
-from viditq_fx.quant_linear import is_linear_layer
+from viditq_fx.quant_conv import is_linear_layer
 from viditq_fx.report import SiteReport
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import site_of_module
