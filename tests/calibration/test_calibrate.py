@@ -1,5 +1,8 @@
 """calibrate: sites are the compiler's, statistics are those of plain hooks, and the model is left as it was."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -238,6 +241,16 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         vq.calibrate(model, run)
     assert "_compiled_call_impl" not in model.__dict__
+
+
+def test_nothing_of_the_model_is_held_afterwards():
+    model = Broken().eval()
+    recipe = vq.calibrate(model, calls(model, (5.0,)), balance="off", rotation="off")
+    gone = weakref.ref(model.blocks[0].up.weight)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert recipe.sites
 
 
 def test_the_same_samples_give_the_same_recipe_and_the_seed_counts():
