@@ -16,7 +16,7 @@ INT4_MULTIPLE = 128
 WEIGHT_BITS = (8, 6, 4)
 INPUT_BITS = (8, 7, 6, 4)
 INPUT_RANGES = ("dynamic", "static", "timestep")
-_NAME = re.compile(r"^w(\d+)a(\d+)((?:-[a-z0-9]+)*)$")
+_NAME = re.compile(r"^w([0-9]+)a([0-9]+)((?:-[a-z0-9]+)*)$")
 _ALIASES = {
     "dvd-w4a8": "w4a8-bgr-rot-block",
     "dvd-w4a4": "w4a4-bgr-rot-block",
@@ -96,7 +96,9 @@ class QuantScheme:
     def __post_init__(self) -> None:
         problem = self._problem()
         if problem is not None:
-            raise SchemeError(f"scheme {str(self)!r}: {problem}; choose one such as {available_schemes()}")
+            raise SchemeError(
+                f"scheme {str(self)!r} is not available: {problem}; choose one such as {available_schemes()}"
+            )
 
     def _problem(self) -> str | None:
         four = self.weight_bits == 4
@@ -168,8 +170,8 @@ class QuantScheme:
             if added is None or added.keys() & fields.keys():
                 problem = "is not known" if added is None else "is given beside another of its kind"
                 raise SchemeError(
-                    f"unknown scheme {name!r}: suffix -{suffix} {problem}; suffixes are "
-                    f"{', '.join('-' + s for s in _SUFFIXES)}"
+                    f"scheme {name!r} is not available: suffix -{suffix} {problem}; suffixes are "
+                    f"{', '.join('-' + s for s in _SUFFIXES)}; choose one such as {available_schemes()}"
                 )
             fields |= added
         return cls(weight_bits=int(match[1]), input_bits=int(match[2]), **fields)  # type: ignore[arg-type]
