@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.calibration.test_calibrate import findings_of
 from viditq_fx.calibration.analysis import analyse
+from viditq_fx.calibration.run import collect
 
 
 class Varied(nn.Module):
@@ -26,7 +26,7 @@ class Varied(nn.Module):
 def entry(loud, **asked):
     torch.manual_seed(0)
     model, x = Varied(loud).eval(), torch.randn(2, 40, 64)
-    found = findings_of(model, [((x, torch.tensor([t, t])), {}) for t in (900.0, 10.0)], **asked)
+    found = collect(model, [((x, torch.tensor([t, t])), {}) for t in (900.0, 10.0)], **asked)
     return next(e for e in analyse(found) if e.site == "body")
 
 

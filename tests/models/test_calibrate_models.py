@@ -6,8 +6,9 @@ import torch
 pytest.importorskip("diffusers")
 
 import viditq_fx as vq
-from tests.calibration.test_calibrate import findings_of, hooked
+from tests.calibration.test_calibrate import hooked
 from tests.models.tiny_dits import TINY_DITS
+from viditq_fx.calibration.run import collect
 
 
 @pytest.mark.parametrize("name", ["sana", "pixart_sigma"])
@@ -20,7 +21,7 @@ def test_sites_and_ranges_are_those_of_the_model(name):
         for kwargs in inputs:
             dit.run(model, kwargs)
 
-    found, read = findings_of(model, run), hooked(model, run)
+    found, read = collect(model, run), hooked(model, run)
     sites = {site for group in found.groups for site in group.sites}
     for site in sites & read.keys():
         rows = torch.cat([x.flatten(0, -2) for x in read[site]])

@@ -8,7 +8,7 @@
                  normalised profile from the mean one, 0 (the same at all) to 1
     incoherence  max|X| * sqrt(number of elements) / ||X||_F (QuIP's), over all that was seen
 
-Plain numbers from the statistics that calibration took; nothing runs again.
+Plain numbers from the statistics of `calibration.run.collect`.
 """
 
 from __future__ import annotations
