@@ -242,7 +242,6 @@ def test_any_json_anywhere_loads_or_is_a_recipe_error(tmp_path, place, value):
             document = document[step]
         document[last] = value
 
-    refused = ""
     try:
         loaded = vq.Recipe.load(changed(tmp_path, change))
     except vq.RecipeError as raised:

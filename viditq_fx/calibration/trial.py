@@ -50,7 +50,7 @@ class Trial:
         total = 0.0
         for w_NK, truth in zip(self._weights, self._truths, strict=True):
             stored = quantize_weight(w_NK, form)
-            y = linear_in_scheme(self._scheme, q_RK, scale, stored, None, torch.float32)
+            y = linear_in_scheme(self._scheme, self._x_RK, q_RK, scale, stored, None, torch.float32)
             total += float((y - truth).square().sum() / truth.square().sum().clamp(min=EPS))
         return (total / len(self._weights)) ** 0.5
 
