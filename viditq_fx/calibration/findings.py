@@ -139,7 +139,10 @@ def _check(watch: Watch, ledger: Ledger, samples: int) -> None:
         )
     if not ledger.inputs:
         refused = "".join(f"\n  {fqn}: {reason}" for fqn, reason in watch.sightings.refused.items())
-        raise RecipeError(f"calibrate: none of the linears of this {name} is to be quantized{refused}")
+        raise RecipeError(
+            f"calibrate: none of the linears of this {name} is to be quantized; layers of quantize_ are integers "
+            f"already, so calibrate first{refused}"
+        )
     problem = ledger.problem()
     if problem is not None:
         raise RecipeError(f"calibrate: {problem}")

@@ -1,4 +1,4 @@
-"""What `explain` and `calibrate` look at: the demo's model, or a user's function that makes a model and calls."""
+"""What `explain` and `calibrate` look at: the demo's model, or a function of the user's that makes model and calls."""
 
 from __future__ import annotations
 

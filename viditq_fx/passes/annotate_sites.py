@@ -104,6 +104,7 @@ def scheme_of_linear(node: fx.Node) -> str:
             grid="minmax" if any(u.target is ops.ADD_ZERO_POINT.overload for u in node.users) else None,
             rotate=rotates,
             block=GROUP if node.target in _BLOCKS else None,
+            rank=_rank(node),
         )
     )
 
@@ -116,6 +117,25 @@ _BITS_AT = {
 }
 """Op that quantizes an input -> which of its arguments is the width."""
 _BLOCKS = (ops.LINEAR_W4A8_BLOCK.overload, ops.LINEAR_W4A4.overload)
+
+
+def beside(linear: fx.Node) -> list[object]:
+    """What else is stored of an integer linear's weight: zero points, and the two factors of a low-rank branch."""
+    found: list[object] = []
+    result = linear
+    for op, first, last in ((ops.ADD_ZERO_POINT, 4, 5), (ops.ADD_LOW_RANK, 2, 4)):
+        added = next((user for user in result.users if user.target is op.overload), None)
+        if added is not None:
+            found += added.args[first:last]
+            result = added
+    return found
+
+
+def _rank(linear: fx.Node) -> int:
+    """Of the low-rank branch that is added to an integer linear; 0 without one."""
+    found = beside(linear)
+    branch = len(found) >= 2
+    return int(example(found[-2]).shape[0]) if branch else 0  # type: ignore[arg-type]
 
 
 def _input_quantize(node: fx.Node) -> fx.Node | None:
@@ -177,8 +197,7 @@ def _plan(
 ) -> Match | Reject:
     if op_name(node).startswith("linear_w"):
         entry.planned = entry.done = scheme_of_linear(node)
-        zeros = [user.args[4] for user in node.users if user.target is ops.ADD_ZERO_POINT.overload]
-        stored = map(example, (*node.args[2:4], *zeros))  # type: ignore[arg-type]
+        stored = map(example, (*node.args[2:4], *beside(node)))  # type: ignore[arg-type]
         entry.bytes_packed = sum(t.numel() * t.element_size() for t in stored)
         entry.bytes_full = 0
         return Match(site=site, detail="already an integer linear")
