@@ -86,14 +86,17 @@ def greedy(rungs: Mapping[str, Ladder], share: float) -> dict[str, int]:
 
 def milp(rungs: Mapping[str, Ladder], share: float) -> dict[str, int]:
     """Name of a unit -> rung of its ladder: the least sum of losses. Raises ImportError without scipy."""
-    places = [(name, rung) for name, ladder in rungs.items() for rung in range(len(ladder))]
-    base = sum(ladder[0].cost for ladder in rungs.values())
-    room = share - base
-    over = {(name, rung): rungs[name][rung].cost - rungs[name][0].cost for name, rung in places}
+    room = share - sum(ladder[0].cost for ladder in rungs.values())
+    over = {
+        (name, rung): choice.cost - ladder[0].cost
+        for name, ladder in rungs.items()
+        for rung, choice in enumerate(ladder)
+        if rung == 0 or choice.cost - ladder[0].cost <= room
+    }
     # Beyond their fractions HiGHS compares to 1e-6, so what it calls within the budget is counted again.
     limit = room
     for _ in range(_TIGHTER):
-        chosen = _solve(rungs, places, over, limit)
+        chosen = _solve(rungs, over, limit)
         excess = sum(over[place] for place in chosen.items()) - room
         if excess <= 0.0:
             return chosen
@@ -108,12 +111,10 @@ _METHODS: dict[str, _Method] = {"greedy": greedy, "milp": milp}
 
 
 def _solve(
-    rungs: Mapping[str, Ladder],
-    places: list[tuple[str, int]],
-    over: Mapping[tuple[str, int], float],
-    limit: float,
+    rungs: Mapping[str, Ladder], over: Mapping[tuple[str, int], float], limit: float
 ) -> dict[str, int]:
-    """One integer programme: x[name, rung] is 0 or 1, one rung a unit, extra costs within the limit."""
+    """One integer programme: x[name, rung] is 0 or 1, one rung a unit, costs over the cheapest within the limit."""
+    places = list(over)
     try:
         optimize: Any = import_module("scipy.optimize")
         sparse: Any = import_module("scipy.sparse")
