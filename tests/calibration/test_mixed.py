@@ -290,7 +290,18 @@ def test_groups_have_budgets_of_their_own(table):
         g["weights"] for g in groups.values()
     )
     assert total == pytest.approx(5.0, abs=1e-4)
-    assert all(group["cost"] <= group["share"] for group in groups.values())
+    total = sum(g["cost"] * g["weights"] for g in groups.values()) / sum(
+        g["weights"] for g in groups.values()
+    )
+    assert total <= 5.0
+
+
+def test_what_a_group_cannot_spend_goes_to_the_neediest():
+    table = made([(5.0, 0.0), (4.0, 0.0), (3.0, 0.0)], [100, 100, 100], groups=["a", "b", "b"])
+    table = replace(table, errors={"a": 0.5, "b": 1.01})
+    groups = vq.allocate(table, RECIPE, budget=4 + 4 / 3).provenance["mixed"]["groups"]
+    assert groups["a"]["cost"] == 4.0 < groups["a"]["share"]
+    assert groups["b"]["share"] < groups["b"]["cost"] == 6.0
 
 
 def test_transforms_and_plans_of_what_was_not_measured_stay(table):
@@ -360,12 +371,13 @@ def test_milp_is_the_optimum_and_never_worse_than_greedy(rows, bits):
     st.lists(st.tuples(ROWS, st.integers(1, 10**6), st.sampled_from("abc")), min_size=1, max_size=12),
     st.floats(4, 8),
 )
-def test_shares_are_the_budget_and_are_kept(rows, bits):
+def test_shares_and_costs_are_within_the_budget(rows, bits):
     table = made(*zip(*[(row, n) for row, n, _ in rows], strict=True), SCHEMES, [group for *_, group in rows])
     recipe = vq.allocate(table, RECIPE, budget=bits)
     groups = recipe.provenance["mixed"]["groups"].values()
-    assert sum(g["share"] * g["weights"] for g in groups) <= bits * sum(g["weights"] for g in groups) + 1e-3
-    assert all(group["cost"] <= group["share"] for group in groups)
+    limit = math.floor(bits * sum(n for _, n, _ in rows) + 1e-6)
+    assert round(sum(g["share"] * g["weights"] for g in groups)) <= limit
+    assert cost_of(recipe, table) <= limit
 
 
 def test_bytes_and_latency_are_budgets_too():

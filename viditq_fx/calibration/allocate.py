@@ -37,7 +37,7 @@ def allocate(
     recipe: the one that was measured; balance, rotation and what is in no unit are taken over.
     budget: average bits of the units' weights (5.0, or {"bits": 5.0}), or {"bytes": n} of packed weights with their
         scales, or {"latency": t} in the unit of `costs`: {site: {scheme: latency}} or a function(site, scheme). Each
-        group gets the share that its error asks for (calibration/budget.py) and none of another's.
+        group gets the share that its error asks for (calibration/budget.py) and what others could not spend of theirs.
     method: "greedy" promotes the unit of the largest loss that still fits its group's share, until none does;
         "milp" finds the least sum of losses within each share (HiGHS; needs scipy).
 
@@ -54,9 +54,12 @@ def allocate(
     rungs = ladders(table, spent, costs)
     allowed = shares(table, rungs, spent)
     chosen: dict[str, int] = {}
-    for group in table.groups():
+    rest = 0.0
+    for group in allowed:  # the neediest last: it gets what the others could not spend
         own = {unit.name: rungs[unit.name] for unit in table.units if unit.group == group}
-        chosen |= _METHODS[method](own, allowed[group])
+        picked = _METHODS[method](own, allowed[group] + rest)
+        rest += allowed[group] - sum(own[name][rung].cost for name, rung in picked.items())
+        chosen |= picked
     sites = dict(recipe.sites)
     for unit in table.units:
         sites |= _plans(unit, rungs[unit.name][chosen[unit.name]].scheme, table, recipe, method)

@@ -129,9 +129,12 @@ def _front(choices: list[Choice]) -> Ladder:
 def shares(table: SensitivityTable, rungs: Mapping[str, Ladder], budget: Budget) -> dict[str, float]:
     """Group -> its part of the budget, whole numbers but for latency; their sum is at most the budget.
 
+    In rising order of e_g / n_g.
     Raises RecipeError where even the cheapest candidates cost more.
     """
     groups = {group: [u for u in table.units if u.group == group] for group in table.groups()}
+    offsets = {group: _offset(table, group, sum(u.weights for u in units)) for group, units in groups.items()}
+    groups = dict(sorted(groups.items(), key=lambda item: offsets[item[0]]))
     least = {group: sum(rungs[u.name][0].cost for u in units) for group, units in groups.items()}
     most = {group: sum(rungs[u.name][-1].cost for u in units) for group, units in groups.items()}
     weights = sum(unit.weights for unit in table.units)
@@ -143,14 +146,13 @@ def shares(table: SensitivityTable, rungs: Mapping[str, Ladder], budget: Budget)
         )
     if budget.total >= sum(most.values()):
         return most
-    offsets = {group: _offset(table, group, sum(u.weights for u in units)) for group, units in groups.items()}
     parsed = [QuantScheme.parse(name) for name in table.schemes]
     widths = [scheme.weight_bits + scheme.input_bits for scheme in parsed]
     span = float(max(widths) - min(widths)) or 1.0
 
     def at(level: float) -> dict[str, float]:
         parts = {group: min(1.0, max(0.0, (level + offset) / span)) for group, offset in offsets.items()}
-        return {group: least[group] + part * (most[group] - least[group]) for group, part in parts.items()}
+        return {group: least[group] + parts[group] * (most[group] - least[group]) for group in groups}
 
     low, high = -max(offsets.values()), span - min(offsets.values())
     for _ in range(200):
@@ -174,7 +176,7 @@ def _whole(parts: dict[str, float], most: Mapping[str, float], budget: Budget) -
         largest = max(parts, key=lambda group: parts[group])
         return parts | {largest: min(most[largest], parts[largest] - over)}
     parts = {group: round(part) for group, part in parts.items()}
-    for group in sorted(parts, key=lambda group: parts[group] - most[group]):
+    for group in sorted(parts, key=lambda name: parts[name] - most[name]):
         room = most[group] - parts[group]
         parts[group] += min(room, budget.total - sum(parts.values()))
     return parts
