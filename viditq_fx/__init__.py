@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from viditq_fx.calibration.run import calibrate
+    from viditq_fx.calibration.findings import Findings
+    from viditq_fx.calibration.run import calibrate, collect
     from viditq_fx.errors import (
         OptionError,
         RecipeError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ExplainReport": "viditq_fx.inspection",
+    "Findings": "viditq_fx.calibration.findings",
     "OptionError": "viditq_fx.errors",
     "QuantLinear": "viditq_fx.quant_linear",
     "QuantPointwiseConv": "viditq_fx.quant_conv",
@@ -43,6 +45,7 @@ _HOMES = {
     "WeightError": "viditq_fx.errors",
     "available_schemes": "viditq_fx.scheme",
     "calibrate": "viditq_fx.calibration.run",
+    "collect": "viditq_fx.calibration.run",
     "explain": "viditq_fx.inspection",
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
@@ -54,6 +57,7 @@ _HOMES = {
 }
 __all__ = [
     "ExplainReport",
+    "Findings",
     "OptionError",
     "QuantLinear",
     "QuantPointwiseConv",
@@ -69,6 +73,7 @@ __all__ = [
     "__version__",
     "available_schemes",
     "calibrate",
+    "collect",
     "explain",
     "forced_bits",
     "generation",
