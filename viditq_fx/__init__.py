@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from viditq_fx.calibration.allocate import allocate
-    from viditq_fx.calibration.run import calibrate
+    from viditq_fx.calibration.findings import Findings
+    from viditq_fx.calibration.run import calibrate, collect
     from viditq_fx.calibration.sensitivity import measure_sensitivity
     from viditq_fx.calibration.sensitivity_table import SensitivityTable
     from viditq_fx.errors import (
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ExplainReport": "viditq_fx.inspection",
+    "Findings": "viditq_fx.calibration.findings",
     "OptionError": "viditq_fx.errors",
     "QuantLinear": "viditq_fx.quant_linear",
     "QuantPointwiseConv": "viditq_fx.quant_conv",
@@ -48,6 +50,7 @@ _HOMES = {
     "allocate": "viditq_fx.calibration.allocate",
     "available_schemes": "viditq_fx.scheme",
     "calibrate": "viditq_fx.calibration.run",
+    "collect": "viditq_fx.calibration.run",
     "explain": "viditq_fx.inspection",
     "measure_sensitivity": "viditq_fx.calibration.sensitivity",
     "quantize_": "viditq_fx.quantize",
@@ -60,6 +63,7 @@ _HOMES = {
 }
 __all__ = [
     "ExplainReport",
+    "Findings",
     "OptionError",
     "QuantLinear",
     "QuantPointwiseConv",
@@ -77,6 +81,7 @@ __all__ = [
     "allocate",
     "available_schemes",
     "calibrate",
+    "collect",
     "explain",
     "forced_bits",
     "generation",

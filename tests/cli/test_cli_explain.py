@@ -113,3 +113,23 @@ def test_explain_without_a_compiler_is_one_line(run, targets):
     with torch._inductor.config.patch(settings):  # monkeypatch would leave the entries deleted
         outcome = run("explain", "viditq_targets:two")
     assert_one_line_error(outcome, "/no-such-compiler", "viditq doctor")
+
+
+def test_explain_with_errors_runs_the_samples_of_its_target(run, targets, eager_inductor):
+    files = ("--out", targets / "report.json", "--html", targets / "page.html")
+    code, out, err = run("explain", "viditq_targets:samples", "--errors", "--keep", "1.down", *files)
+    assert code == 0, err
+    data = json.loads((targets / "report.json").read_text())
+    assert (data["errors"]["samples"], data["errors"]["calls"]) == (3, 3)
+    assert [entry["site"] for entry in data["errors"]["sites"]] == ["1.up"]
+    assert [entry["site"] for entry in data["errors"]["weights"]] == ["1.up"]
+    assert data["totals"]["quantized"] == 1
+    assert "Where errors come from" in (targets / "page.html").read_text()
+    code, out, err = run("explain", "viditq_targets:three", "--errors")
+    assert code == 0, err
+    assert "the 2 most incoherent of 2 inputs" in out
+    assert "Errors: 1 of 2 sites: balance. Where: 1.down." in out
+
+
+def test_options_of_samples_need_errors(run, targets):
+    assert_one_line_error(run("explain", "viditq_targets:three", "--samples", "2"), "--samples", "--errors")

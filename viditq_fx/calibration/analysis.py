@@ -26,6 +26,8 @@ from viditq_fx.calibration.timesteps import Bucket
 
 TOKENS, BRANCHES, STEPS, CHANNELS, DRIFT = 3.0, 1.5, 2.0, 5.0, 0.1
 """From where on a source is named in the recommendation."""
+EVEN = "even over tokens, timesteps and channels: min-max does"
+"""The recommendation where nothing is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class SiteErrors:
     """Of one site; see the module for each number, 1 (or 0 for `drift`) where nothing varies."""
 
     site: str
+    group: tuple[str, ...]
+    """All sites that read the same, this one among them: they have these numbers too."""
     token: float
     condition: float | None
     """None where branches were not kept apart."""
@@ -46,7 +50,10 @@ class SiteErrors:
     """Timesteps of that range; (0, 0) where calls had none."""
     by_range: tuple[tuple[float, float, float, float], ...]
     """For each range: its lowest and highest timestep, its abs-max and its channels' largest over mean."""
+    advice: tuple[str, ...]
+    """What to do, most important first; nothing where min-max does."""
     recommendation: str
+    """The same in words, with why."""
 
 
 def analyse(findings: Findings) -> tuple[SiteErrors, ...]:
@@ -77,15 +84,16 @@ def _entry(site: str, group: Group, findings: Findings) -> SiteErrors:
     median = _ratio(float(worst.amax.median()), float(worst.amax.max()))
     at = f" at {findings.timestep} {where[0]:g}" if findings.timestep else ""
     at += f" to {where[1]:g}" if at and where[0] != where[1] else ""
+    seen, advice = _recommend(values, condition, f"channel {channel} carries {median:.3g}x the median{at}")
     return SiteErrors(
         site=site,
+        group=group.sites,
         condition=condition,
         worst_channel=channel,
         worst_range=where,
         by_range=tuple((b.low, b.high, float(p.amax.max()), imbalance(p) or 1.0) for b, p in parts),
-        recommendation=_recommend(
-            values, condition, f"channel {channel} carries {median:.3g}x the median{at}"
-        ),
+        advice=advice,
+        recommendation=f"{'; '.join(seen)}: {', '.join(advice)}" if seen else EVEN,
         **values,
     )
 
@@ -131,8 +139,10 @@ def _ratio(small: float, large: float) -> float:
     return large / small if small else float("inf")
 
 
-def _recommend(values: dict[str, float], condition: float | None, channel: str) -> str:
-    """One sentence: what varies, and what to do."""
+def _recommend(
+    values: dict[str, float], condition: float | None, channel: str
+) -> tuple[list[str], tuple[str, ...]]:
+    """(what varies, what to do)."""
     seen: list[str] = []
     advice: list[str] = []
     if values["channel"] >= CHANNELS:
@@ -150,6 +160,4 @@ def _recommend(values: dict[str, float], condition: float | None, channel: str) 
     if condition is not None and condition >= BRANCHES and values["token"] < TOKENS:
         seen.append(f"the branches' ranges differ {condition:.3g}x")
         advice.append("a scale for each token")
-    if not seen:
-        return "even over tokens, timesteps and channels: min-max does"
-    return f"{'; '.join(seen)}: {', '.join(dict.fromkeys(advice))}"
+    return seen, tuple(dict.fromkeys(advice))

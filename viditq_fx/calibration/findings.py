@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from viditq_fx.calibration.groups import Group, group_sites
 from viditq_fx.calibration.ledger import Ledger
@@ -35,6 +36,8 @@ class Findings:
     """Linear layers that no call reached."""
     samples: int
     calls: int
+    first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """(args, kwargs) of the first call here: an example of one; None where this process made none after a resume."""
 
     def group(self, site: str) -> Group:
         """The group of a site. Raises KeyError where there is none."""
@@ -159,4 +162,5 @@ def _findings(watch: Watch, ledger: Ledger, samples: int) -> Findings:
         unseen=tuple(watch.unseen()),
         samples=samples,
         calls=ledger.calls,
+        first_call=watch.first_call,
     )

@@ -68,6 +68,8 @@ class Watch:
         self.argument = TimestepArgument.of(self.model, timestep)
         self.sightings = Sightings(self.model)
         self.calls = 0
+        self.first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        """Arguments of the first call."""
         self.sink: Sink | None = None
         self.on_call: Callable[[], None] = lambda: None
         self._backend = _Backend(keep, self.sightings, self._see)
@@ -114,6 +116,7 @@ class Watch:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         assert self.sink is not None
         self.calls += 1
+        self.first_call = self.first_call or (args, kwargs)
         self.sink.begin_call(self.argument.read(args, kwargs))
         with ExitStack() as stack:
             # After a graph break the model is called by name once more: by then it is itself again.

@@ -57,12 +57,14 @@ def _megabytes(site: ExplainedSite) -> tuple[str, str]:
 
 
 def total_tables(report: ExplainReport) -> list[Table]:
-    """Totals by role, by kernel and by pass."""
-    from viditq_fx.inspection.render import tables
+    """Totals by role, by kernel and by pass; the sites of the largest errors, if they were measured."""
+    from viditq_fx.inspection.render import tables, worst_tables
 
-    made = []
-    for source in tables(report):
+    made, worst = [], worst_tables(report)
+    for source in (*tables(report), *worst):
         table = Table(box=SIMPLE, pad_edge=False)
+        if source in worst:
+            table.title, table.title_justify = source.title, "left"
         for index, column in enumerate(source.columns):
             right = column in source.numeric
             table.add_column(

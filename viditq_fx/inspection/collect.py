@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.backend import read_options
+from viditq_fx.calibration.findings import Findings
 from viditq_fx.errors import ViditqError
+from viditq_fx.inspection.errors import ErrorReport, error_report, plain_numbers
 from viditq_fx.inspection.files import check_writable, write_text
 from viditq_fx.inspection.retrace import options_of
 from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, trace
+from viditq_fx.inspection.steps import StepHistory, step_histories
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
 from viditq_fx.options import split_options
 from viditq_fx.passes.work import ATTENTION
@@ -65,6 +68,10 @@ class ExplainReport:
     """Linears of the model that no compiled graph runs: dead for this input, or run eagerly."""
     snapshots: list[Snapshot] = field(default_factory=list)
     """The graphs before and after each pass, under `explain(..., graphs=True)`."""
+    errors: ErrorReport | None = None
+    """Where quantization errors come from, under `explain(..., errors=findings)`."""
+    steps: list[StepHistory] = field(default_factory=list)
+    """What each step before this call ran at, where the model switches its bits."""
     model_bytes: int = 0
     """Bytes of memory of the model's parameters and buffers and of all packed weights now."""
     model_bytes_before: int = 0
@@ -104,13 +111,16 @@ class ExplainReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, ready for JSON: what was found, its breakdown by role, kernel and pass.
 
-        Graphs, if the report has them, stand under "blocks", those that are alike once.
+        Graphs, if the report has them, stand under "blocks", those that are alike once. Of what stands under "errors"
+        and "steps", numbers that are not finite are the strings "inf" and "nan": JSON has no others.
         """
         from viditq_fx.inspection.blocks import find_blocks
         from viditq_fx.inspection.breakdown import breakdown
 
         data = asdict(replace(self, snapshots=[]))
         del data["snapshots"]
+        data["errors"] = plain_numbers(data["errors"])
+        data["steps"] = [plain_numbers(history.to_dict()) for history in self.steps]
         data["blocks"] = [block.to_dict() for block in find_blocks(self.snapshots)]
         for key, sites in (("sites", self.sites), ("attention", self.attention)):
             for entry, site in zip(data[key], sites, strict=True):
@@ -177,7 +187,12 @@ class ExplainReport:
 
 
 def explain(
-    model: Any, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **kwargs: Any
+    model: Any,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    graphs: bool = False,
+    errors: Findings | None = None,
+    **kwargs: Any,
 ) -> ExplainReport:
     """Run `model` once on `args` and `kwargs` and report every site of every viditq graph that ran.
 
@@ -185,12 +200,18 @@ def explain(
     module, which is then compiled with `options`. What is reported is what ran: the graphs tell.
     With `graphs=True` the plain model runs once more, eagerly, to show every graph before and after
     each pass; without, no graph is kept.
+    `errors`, the findings of `vq.collect` on this model, adds where quantization errors come from at every site
+    (ViDiT-Q section 3.2) and what 4 bits do to its weight. Where the model switches its bits (DVD-Quant section 3.4)
+    the report has the steps that it ran before.
     Raises OptionError for a wrong option, ViditqError when no viditq graph ran or `options`
     is given for a compiled model, or graphs are asked for and its weights are released, or its
-    blocks were compiled with different passes.
+    blocks were compiled with different passes, or `errors` are no findings or another model's.
     """
     read_options(options)  # a wrong option is an error of ours, not one wrapped by torch.compile
     compiled, plain = model, getattr(model, "_orig_mod", model)
+    # Before anything is compiled: that may release the weights, and this call is no step of a sampler's.
+    measured = None if errors is None else error_report(errors, plain)
+    steps = step_histories(plain)
     if graphs:
         check_traceable(plain)
     traced = None
@@ -210,6 +231,7 @@ def explain(
             "check that torch.compile is not disabled"
         )
     report = _gather(model, ran)
+    report.errors, report.steps = measured, steps
     if (
         torch.is_grad_enabled()
         and isinstance(plain, nn.Module)

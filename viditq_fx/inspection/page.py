@@ -13,6 +13,7 @@ from viditq_fx.inspection.blocks import Block, choose_block, find_blocks, relati
 from viditq_fx.inspection.breakdown import ROOT, block_of, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
 from viditq_fx.inspection.drawing import to_svg
+from viditq_fx.inspection.error_page import error_section, step_sections
 from viditq_fx.inspection.flow_graph import flow_graph
 from viditq_fx.inspection.render import EXPECTED, expected, has_expected, shape_of, tables, why
 from viditq_fx.inspection.vocabulary import OUTCOMES, ops_in_words, scheme_in_words
@@ -86,6 +87,8 @@ def render_page(report: ExplainReport) -> str:
         roles=list(dict.fromkeys(site.role for site in sites)),
         outcomes={o: words for o, words in OUTCOMES.items() if any(site.outcome == o for site in sites)},
         graphs=_graphs(report),
+        errors=error_section(report),
+        steps=step_sections(report),
     )
 
 
