@@ -67,9 +67,9 @@ class VideoTrainingConfig:
     """Everything that decides the trained weights, apart from the hardware."""
 
     seed: int = 0
-    image_steps: int = 1200
+    image_steps: int = 800
     """Steps on single frames, spatial blocks only; the steps after them train on whole videos."""
-    steps: int = 3200
+    steps: int = 2000
     """All steps."""
     image_batch_size: int = 64
     video_batch_size: int = 8

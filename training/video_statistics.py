@@ -37,7 +37,7 @@ def main() -> None:
     """Write the statistics, and what real videos score against them: the floor of every generator."""
     parser = argparse.ArgumentParser(description="Measure the features of real moving digits.")
     parser.add_argument("--count", type=int, default=5000, help="videos behind the statistics")
-    parser.add_argument("--floor-count", type=int, default=100, help="videos of each draw of the floor")
+    parser.add_argument("--floor-count", type=int, default=50, help="videos of each draw of the floor")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--assets", type=Path, default=REPOSITORY / "viditq_fx" / "demo" / "assets")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "training" / "results")
