@@ -90,7 +90,7 @@ def quantize_per_block(x_MK: Tensor, bits: int, block: int) -> tuple[Tensor, Ten
     The block-wise form of ARQ's scale of the live activations, DVD-Quant section 3.3 (equations 9 and 10).
     Raises ValueError for `bits` outside 2..8, a block below 1, no dimension or K == 0.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if x_MK.dim() == 0 or x_MK.shape[-1] == 0 or block < 1:
         raise ValueError(
             f"quantize_per_block: a token is the last dimension, of K >= 1, and a block at least 1; got shape "
