@@ -206,6 +206,7 @@ def write_record(options: argparse.Namespace, kind: str, name: str, row: Mapping
 def run(options: argparse.Namespace, wanted: Sequence[Row], kinds: Sequence[str]) -> None:
     """Measure what the file lacks, until the time is up."""
     end = time.monotonic() + 60.0 * options.minutes
+    load_record(options)  # exits now and not after the first row, where it would
     subject = SUBJECTS[options.model](options.images, stressed=False)
     reference = Reference(subject, options.steps)
     delta = reference.delta
