@@ -69,7 +69,7 @@ def main() -> None:
         linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and kind_of(p)}
         for path, linear in linears.items():
             linear.register_forward_pre_hook(
-                lambda _, args, path=path: seen[path].append(args[0].flatten(0, -2))
+                lambda _, args, into=seen[path]: into.append(args[0].flatten(0, -2))
             )
         noise, label = initial_noise(options.samples, seed=0), torch.arange(options.samples) % 10
         for timestep in TIMESTEPS:
