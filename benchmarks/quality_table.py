@@ -1,0 +1,96 @@
+"""Tables (Markdown) and a figure of what `quality.py` measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_rows import FP32, SECTIONS, Row
+
+KINDS = ("plain", "stressed")
+FIGURES = ("step", "samples", "FD", "acc.")
+HEAD = ("row", "bits W / A", "of bf16", *(f"{kind}: {name}" for kind in KINDS for name in FIGURES))
+
+
+def table(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Markdown tables of every section that has rows."""
+    video = record["model"] == "video"
+    head = [*HEAD, *(f"{kind}: motion" for kind in KINDS if video)]
+    parts = []
+    for letter, title in SECTIONS.items():
+        found = [(row.labels[letter], row.name) for row in rows if letter in row.labels]
+        found = [(label, name) for label, name in found if any(name in record["rows"][k] for k in KINDS)]
+        if not found:
+            continue
+        lines = [f"{letter}. {title}, {record['model']} model:", "", _line(head), _line(["---"] * len(head))]
+        parts.append(
+            "\n".join([*lines, *(_row(record, label, name) for label, name in [(FP32, FP32), *found])])
+        )
+    return "\n\n".join(parts)
+
+
+def _row(record: Mapping[str, Any], label: str, name: str) -> str:
+    by_kind = [record["rows"][kind].get(name) for kind in KINDS]
+    some = next(found for found in by_kind if found is not None)
+    cells = [label, "32 / 32", ""]
+    if name != FP32:
+        inputs = "-".join(dict.fromkeys(f"{f['input_bits']:.3g}" for f in by_kind if f is not None))
+        cells = [label, f"{some['weight_bits']:g} / {inputs}", f"{some['bytes_of_bf16']:.3f}x"]
+    for found in by_kind:
+        cells += ["", "", "", ""] if found is None else _figures(found)
+    if record["model"] == "video":
+        cells += [
+            "" if found is None else f"{100 * mean_of(found['frame_difference']):+.1f}%" for found in by_kind
+        ]
+    return _line(cells)
+
+
+def _figures(found: Mapping[str, Any]) -> list[str]:
+    fd = found["fd"]
+    return [
+        _db(found["step_db"]),
+        _db(found["sqnr_db"]),
+        f"{mean_of(fd):.3g} ± {statistics.stdev(fd):.2g}",
+        f"{mean_of(found['accuracy']):.3f}",
+    ]
+
+
+def _db(values: Sequence[float | None] | None) -> str:
+    if values is None:
+        return "-"
+    return "exact" if any(value is None for value in values) else f"{mean_of(values):.1f}"
+
+
+def mean_of(values: Sequence[Any]) -> float:
+    """Mean of the numbers."""
+    return statistics.mean(values)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def figure(record: Mapping[str, Any], rows: Sequence[Row], path: Path) -> Path:
+    """Bars of the samples' SQNR by row, plain beside stressed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [row.name for row in rows if any(row.name in record["rows"][kind] for kind in KINDS)]
+    drawn, axes = plt.subplots(figsize=(9, 0.28 * len(names) + 1.4))
+    for shift, kind in enumerate(KINDS):
+        found = record["rows"][kind]
+        at = [y + 0.4 * shift for y, name in enumerate(names) if name in found]
+        lengths = [mean_of(found[name]["sqnr_db"]) for name in names if name in found]
+        axes.barh(at, lengths, height=0.4, label=kind)
+    axes.set_yticks([y + 0.2 for y in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xlabel("SQNR of the samples against fp32's from the same noise, dB")
+    axes.set_title(f"{record['model']} model, {record['settings']['steps']} steps")
+    axes.legend()
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=80)
+    return path
