@@ -168,9 +168,14 @@ def test_collected_before_its_weights_are_released():
     found = vq.collect(model, [((x, t), {})], rows=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
-        report = vq.explain(model, x, t, options={"weights": "release"}, errors=found)
+        run = torch.compile(model, backend="viditq", options={"weights": "release"})
+        report = vq.explain(run, x, t, errors=found)
+        after = vq.explain(run, x, t, errors=found)
     assert {w.site for w in report.errors.weights} == {s.fqn for s in report.sites if s.done}
-    assert weight_errors(found) == ()
+    assert not any("released" in note for note in report.notes)
+    assert after.errors.weights == weight_errors(found) == ()
+    assert any("weights of 6 sites, e.g. blocks.0." in note for note in after.notes)
+    assert after.errors.sites[0].site in str(after)
 
 
 def record(generation, step, bits, since_high):

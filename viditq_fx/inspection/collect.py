@@ -232,15 +232,7 @@ def explain(
         )
     report = _gather(model, ran)
     report.errors, report.steps = measured, steps
-    if (
-        torch.is_grad_enabled()
-        and isinstance(plain, nn.Module)
-        and any(p.requires_grad for p in plain.parameters())
-    ):
-        report.notes.append(
-            "This report is of a call under torch.no_grad(); where gradients are enabled, this model (its parameters "
-            "require them) is left to plain Inductor and nothing is quantized."
-        )
+    report.notes += _notes_of_call(plain, measured)
     if graphs:
         traced = traced or trace(plain, args, kwargs, options_of(ran, report))
         report.snapshots = traced.snapshots(
@@ -252,6 +244,28 @@ def explain(
             }
         )
     return report
+
+
+def _notes_of_call(plain: Any, measured: ErrorReport | None) -> list[str]:
+    notes = []
+    if (
+        torch.is_grad_enabled()
+        and isinstance(plain, nn.Module)
+        and any(p.requires_grad for p in plain.parameters())
+    ):
+        notes.append(
+            "This report is of a call under torch.no_grad(); where gradients are enabled, this model (its parameters "
+            "require them) is left to plain Inductor and nothing is quantized."
+        )
+    missing = (
+        [entry.site for entry in measured.sites if measured.weight(entry.site) is None] if measured else []
+    )
+    if missing:
+        notes.append(
+            f"The weights of {len(missing)} sites, e.g. {missing[0]}, are released: what 4 bits do to them is not "
+            "shown. It is where explain(..., errors=...) comes before they are."
+        )
+    return notes
 
 
 def _is_compiled(model: nn.Module) -> bool:

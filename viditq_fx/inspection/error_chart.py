@@ -18,7 +18,7 @@ MOST_ROWS = 64
 SOURCES = (("token", TOKENS), ("condition", BRANCHES), ("timestep", STEPS), ("channel", CHANNELS))
 """The four sources of variation (ViDiT-Q section 3.2), and from where each is named."""
 _ROW, _MARGIN, _GAP, _TOP = 17.0, 14.0, 22.0, 62.0
-_HEAT, _BAR, _VALUE = 380.0, 104.0, 38.0
+_HEAT, _LEAST_HEAT, _BAR, _VALUE = 380.0, 170.0, 104.0, 38.0
 _CELL = (7.0, 40.0)
 _SWATCH = 34.0
 _LONGEST = 40
@@ -39,7 +39,7 @@ def error_chart(rows: Sequence[SiteErrors], timestep: str | None) -> str:
     labels = [_label(row) for row in rows]
     left = _MARGIN + max((len(label) for label in labels), default=0) * (CHAR + 0.7) + 10
     cell = min(_CELL[1], max(_CELL[0], _HEAT / max(len(ranges), 1)))
-    heat = max(cell * len(ranges), 150.0)
+    heat = max(cell * len(ranges), _LEAST_HEAT)
     width = left + heat + len(SOURCES) * (_GAP + _BAR + _VALUE) + _MARGIN
     height = _TOP + _ROW * len(rows) + 48
     parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,11 @@ class ErrorReport:
 
     def weight(self, site: str) -> WeightErrors | None:
         """What 4 bits do to the weight of a site; None where it is released."""
-        return next((entry for entry in self.weights if entry.site == site), None)
+        return self._weights.get(site)
+
+    @cached_property
+    def _weights(self) -> dict[str, WeightErrors]:
+        return {entry.site: entry for entry in self.weights}
 
 
 def error_report(findings: Any, model: Any) -> ErrorReport:

@@ -11,15 +11,16 @@ from viditq_fx.switching import HIGH, StepRecord
 MOST_STRIPS = 8
 """Generations whose bits are drawn, the latest ones."""
 _LEFT, _RIGHT, _TOP, _PLOT, _STRIP = 104.0, 90.0, 40.0, 150.0, 18.0
-_WIDTH = 1000.0
+_WIDTH, _LEAST = 1000.0, 440.0
 
 
 def step_chart(history: StepHistory) -> str:
     """The latest generation's sums, and a strip of bits for each of the latest generations, as SVG."""
     generations = history.generations[-MOST_STRIPS:]
     count = max(record.step for steps in generations for record in steps) + 1
-    pitch = min(28.0, (_WIDTH - _LEFT - _RIGHT) / count)
-    right = _LEFT + max(pitch * count, 440.0)
+    room = _WIDTH - _LEFT - _RIGHT
+    pitch = min(room / count, max(28.0, _LEAST / count))
+    right = _LEFT + pitch * count
     strips = _TOP + _PLOT + 30
     title = f"The sum of changes since the last step at {history.high_bits} bits"
     parts = [text(_LEFT, 20, title, kind="head"), *_sums(history, generations[-1], pitch, right)]
