@@ -46,7 +46,8 @@ def test_a_channel_is_a_row():
     stored, scales = quantize_weight(w, FP8.weight_form)
     assert stored.numel() + 4 * scales.numel() == FP8.weight_form.nbytes(7, 33)
     assert (
-        (dequantize_weight(stored, scales, 33, FP8.weight_form, torch.float32) - w).abs() < w.abs().max() / 16
+        (dequantize_weight((stored, scales), 33, FP8.weight_form, torch.float32) - w).abs()
+        < w.abs().max() / 16
     ).all()
 
 

@@ -53,8 +53,8 @@ def test_weights_that_could_round_are_sliced():
 
 
 def test_one_slice_more_would_not_be_exact():
-    # Why EXACT_K is what it is: the first odd sum above 2^24 that fp32 cannot hold.
-    assert 127 * 127 * EXACT_K <= 2**24 < 127 * 127 * (EXACT_K + 1)
+    # Why EXACT_K is what it is: the first sum beyond 2^24, where fp32 has no odd integers. Weights reach -128.
+    assert 127 * 128 * EXACT_K <= 2**24 < 127 * 128 * (EXACT_K + 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -182,16 +182,17 @@ def test_one_group_is_the_whole_channel():
     assert torch.equal(scale, scale_1[0])
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g128"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g128", "w8a8-asym", "w4a8-bgr", "w4a8-g128-asym"])
 def test_forms_give_back_what_they_store(scheme):
     w = torch.randn(24, 300, generator=torch.Generator().manual_seed(0))
     form = QuantScheme.parse(scheme).weight_form
-    stored, scale = quantize_weight(w, form)
-    assert stored.numel() + 4 * scale.numel() == form.nbytes(24, 300)
-    back = dequantize_weight(stored, scale, 300, form, torch.float32)
-    if form.group is None:
+    stored, scale, *zero = quantize_weight(w, form)
+    assert stored.numel() + 4 * scale.numel() * (1 + len(zero)) == form.nbytes(24, 300)
+    back = dequantize_weight((stored, scale, *zero), 300, form, torch.float32)
+    if form.group is None and form.grid is None:
         assert torch.equal(back, dequantize_per_channel(*quantize_per_channel(w, form.bits), torch.float32))
-    assert (back - w).abs().max() <= 0.51 * scale.max()
+    clipped = 2.0 if form.grid == "bgr" else 0.51  # BGR gives up the ends of a row for the rest of it
+    assert (back - w).abs().max() <= clipped * scale.max()
 
 
 @pytest.mark.parametrize(("scheme", "floor"), [("w4a8", 16.0), ("w4a8-g128", 18.5)])
