@@ -4,18 +4,23 @@ TORCH ?= torch==2.13.0
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton>=3.6)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes side by side; they share the cores (tests/conftest.py). JOBS=0: all in one, for a debugger.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
+# A worker begins with one stretch of the files, so what a file compiles once is seldom compiled twice, and takes tests
+# over from the others when it is done: some files hold minutes.
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml Makefile | cksum | tr ' ' '-')
 
 # Where torch 2.11 and 2.13 differ: Inductor's private API, Dynamo's graphs, Triton 3.6.
-SEAM := tests/lowering tests/triton_templates tests/ops tests/passes tests/test_backend.py tests/test_release.py \
-	tests/test_weights_state.py
+SEAM := tests/lowering tests/triton_templates tests/ops tests/passes tests/test_backend.py tests/test_backend_code.py \
+	tests/test_backend_options.py tests/test_release.py tests/test_weights_state.py
 
 .PHONY: help demo test test-quick test-browser test-torch211 test-seam assemble lint bench clean
 
 help:
 	@echo "make demo        quantize a trained digits DiT, compare pictures, speed and memory (viditq-demo/)"
-	@echo "make test        the whole test suite"
-	@echo "make test-quick  the part that takes about four minutes"
+	@echo "make test        the whole test suite, in as many processes as there are cores, 8 at most (JOBS=n for n)"
+	@echo "make test-quick  the part without long compilations"
 	@echo "make test-browser  the explain page in headless Chromium (needs chromium and chromedriver)"
 	@echo "make test-torch211  the tests of the seam with torch, on torch 2.11 and Triton 3.6"
 	@echo "make assemble    every Triton kernel for sm_80, 89, 90, 100: registers, spills, matrix instructions (no GPU)"
@@ -34,10 +39,10 @@ demo: $(STAMP)
 	$(BIN)/viditq demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[browser]"
@@ -47,7 +52,7 @@ test-torch211:
 	$(MAKE) VENV=.venv-torch211 TORCH=torch==2.11.0 TRITON="triton==3.6.*" test-seam
 
 test-seam: $(STAMP)
-	$(BIN)/python -m pytest $(SEAM)
+	$(PYTEST) $(SEAM)
 
 assemble: $(STAMP)
 	PYTHONPATH=tests:. $(BIN)/python -W ignore -m nogpu.table

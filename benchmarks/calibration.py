@@ -70,19 +70,21 @@ def main() -> int:
 
     asked = read_options("w8a8", (), None, None)
     rounds: list[dict[str, float]] = []
+    counted = rows = 0
     run()
     for _ in range(options.rounds):
         torch._dynamo.reset()
         row: dict[str, float] = {}
         row["plain_cpu_s"], row["plain_wall_s"] = seconds(run)
         with Watch(model, keep=()) as watch:
+            findings: list[Findings] = []
 
-            def watched(watch: Watch = watch) -> Findings:
-                return observe(watch, Samples(model, run), asked, progress_of(False), None)
+            def watched(watch: Watch = watch, findings: list[Findings] = findings) -> None:
+                findings.append(observe(watch, Samples(model, run), asked, progress_of(False), None))
 
             row["cold_cpu_s"], row["cold_wall_s"] = seconds(watched)
             row["warm_cpu_s"], row["warm_wall_s"] = seconds(watched)
-            found = watched() if len(rounds) == 0 else found
+            counted, rows = nbytes(findings[-1])
         rounds.append(row)
         print({name: round(value, 2) for name, value in row.items()}, flush=True)
     whole = {}
@@ -93,7 +95,6 @@ def main() -> int:
     def ratio(kind: str) -> float:
         return round(statistics.median(row[f"{kind}_cpu_s"] / row["plain_cpu_s"] for row in rounds), 3)
 
-    counted, rows = nbytes(found)
     plain = statistics.median(row["plain_cpu_s"] for row in rounds)
     record = {
         "command": f"python benchmarks/calibration.py --digits {options.digits} --steps {options.steps} "

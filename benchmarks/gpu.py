@@ -1,6 +1,6 @@
 """Time the quantized GEMMs on one CUDA GPU against bf16, int8 and fp8 peers; correctness comes first.
 
-    PYTHONPATH=. python benchmarks/gpu.py [--sweep] [--only flux] [--minutes 7] [--commit HASH] [--dry-run]
+    PYTHONPATH=. python benchmarks/gpu.py [--sweep] [--write-tuned] [--only flux] [--minutes 7] [--dry-run]
 
 Nothing is timed unless the kernel is exact on this device: every int32 sum equal to an fp64 matrix
 product, for odd shapes, M = 1..17 and every config. The other schemes (w4a8, w4a8-g128, w4a8 and w4a4 with input
@@ -33,12 +33,14 @@ from typing import Any
 import torch
 from gpu_checks import SHAPES, Shape, compiled_checks, correctness, guarded, problem, quantized_linear
 from gpu_schemes import SCHEMES, method_names, scheme_checks, scheme_methods
+from gpu_tuned import PREFIX, tuned_file, tuned_methods
 from gpu_variants import VARIANTS, variant_checks, variant_methods, variant_names
 from torch import Tensor
 from torch.nn import functional as F
 
 from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
 from viditq_fx.lowering.install import install
+from viditq_fx.lowering.tuned_configs import write_tuned
 from viditq_fx.ops.linear import linear_epilogue
 from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
 from viditq_fx.triton_templates.base import GemmConfig
@@ -226,7 +228,7 @@ def _percentiles(times: list[float]) -> dict[str, float]:
 
 
 def time_shape(
-    shape: Shape, sweep: bool, rounds: int, skip: set[str], schemes: list[str], variants: list[str]
+    shape: Shape, options: argparse.Namespace, skip: set[str], schemes: list[str], variants: list[str]
 ) -> dict[str, Any]:
     """Every method on one shape; a method that fails is recorded with its error and left out."""
     copies = max(2, min(8, -(-OPERAND_BYTES // (shape.depth * (shape.rows + shape.width)))))
@@ -235,7 +237,9 @@ def time_shape(
     calls = max(copies, min(32, int(4e-3 * 5e14 / flops)))
     makers = methods(shape, operands) | scheme_methods(shape, operands, schemes)
     makers |= variant_methods(shape, operands, variants)
-    if sweep:
+    if options.write_tuned:
+        makers |= tuned_methods(shape, operands, schemes, variants)
+    if options.sweep:
         args = ("x_q", "x_scale", "w_q", "w_scale", "bias")
         for config in SWEEP:
             label = f"sweep {config} s{config.num_stages} w{config.num_warps} g{config.group_m}"
@@ -255,7 +259,7 @@ def time_shape(
         except Exception as error:  # noqa: BLE001 - one method's failure must not lose the others
             errors[name] = f"{type(error).__name__}: {str(error)[:300]}"
             torch.cuda.synchronize()
-    times = rotate(graphs, calls, rounds)
+    times = rotate(graphs, calls, options.rounds)
     for entry in times.values():
         entry["tflops"] = flops / entry["p50"] / 1e6
         if BASELINE in times:
@@ -304,6 +308,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sweep", action="store_true", help=f"time {len(SWEEP)} more configs a shape")
+    parser.add_argument(
+        "--write-tuned", action="store_true", help="time every kernel that could be chosen; keep the fastest"
+    )
     parser.add_argument("--only", default="", help="regular expression over shape names, e.g. 'flux|wan'")
     parser.add_argument("--rounds", type=int, default=30, help="timed replays of each method")
     parser.add_argument("--minutes", type=float, default=7, help="start no new shape after this long")
@@ -356,9 +363,7 @@ def main() -> int:
                 print(f"out of time before {shape}", flush=True)
                 break
             try:
-                record["shapes"].append(
-                    time_shape(shape, options.sweep, options.rounds, skip, schemes, variants)
-                )
+                record["shapes"].append(time_shape(shape, options, skip, schemes, variants))
                 show(record["shapes"][-1], shape, time.monotonic() - begun)
             except Exception:  # noqa: BLE001 - one failing shape must not lose the rest
                 record["shapes"].append({**asdict(shape), "error": traceback.format_exc()[-2000:]})
@@ -367,6 +372,11 @@ def main() -> int:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
     print(f"wrote {out}")
+    if options.write_tuned:
+        capability = record["environment"]["capability"]
+        tuned = ROOT / "viditq_fx" / "lowering" / "tuned" / f"{capability}-{device}.json"
+        write_tuned(tuned, tuned_file(record))
+        print(f"wrote {tuned}")
     return 0
 
 
@@ -387,7 +397,7 @@ def show(entry: dict[str, Any], shape: Shape, seconds: float) -> None:
     """One line a method, fastest first; of a sweep the best five."""
     print(f"{shape} (config {entry['config']}, {seconds:.0f} s)", flush=True)
     shown = sorted(entry["times"].items(), key=lambda item: item[1]["p50"])
-    swept = [name for name, _ in shown if name.startswith("sweep")][5:]
+    swept = [name for name, _ in shown if name.startswith(("sweep", PREFIX))][5:]
     for name, t in shown:
         if name not in swept:
             spread = f"{t['p20']:8.1f} {t['p50']:8.1f} {t['p80']:8.1f} us"

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from gpu import environment, graph_of, rotate, save
+from gpu_checks import sqnr
 from kernels_per_block import BLOCKS, on_device, wan
 from torch import Tensor, nn
 
@@ -75,13 +76,6 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     return [t for part in output for t in _tensors(part)] if isinstance(output, tuple | list) else []
-
-
-def sqnr(want: list[Tensor], got: list[Tensor]) -> float:
-    """dB over all results of a block."""
-    signal = sum(float(w.double().square().sum()) for w in want)
-    noise = sum(float((w.double() - g.double()).square().sum()) for w, g in zip(want, got, strict=True))
-    return float("inf") if noise == 0 else 10 * float(torch.log10(torch.tensor(signal / noise)))
 
 
 def time_block(make: Callable[[], tuple[Any, ...]], rounds: int) -> dict[str, Any]:

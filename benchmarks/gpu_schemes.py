@@ -34,6 +34,11 @@ class SchemeKernel:
         """Whether inputs are two to a byte."""
         return self.block_bits == 4
 
+    @property
+    def grouped(self) -> bool:
+        """Whether weights have a scale for each group of input channels."""
+        return self.template.name.endswith(f"_g{GROUP}")
+
 
 def _blocks(template: KernelTemplate, bits: int) -> SchemeKernel:
     return SchemeKernel(template=template, launch=linear_w4_block.launch, block_bits=bits)
@@ -87,7 +92,7 @@ def exact_operands(
     groups = -(-depth // GROUP)
     w[::3, ::5] = -8
     w_f64 = w.double()
-    if kernel.template.name.endswith(f"_g{GROUP}"):  # powers of two, so that fp32 adds the groups exactly
+    if kernel.grouped:  # powers of two, so that fp32 adds the groups exactly
         scale_N = torch.stack([scale_N * 2.0 ** -(g % 4) for g in range(groups)])
         w_f64 *= scale_N.double().t().repeat_interleave(GROUP, dim=1)[:, :depth]
     if kernel.block_bits:
@@ -128,7 +133,7 @@ def _weight_scheme(name: str) -> QuantScheme:
     kernel = SCHEMES[name]
     if kernel.block_bits is None:
         return QuantScheme.parse(name)
-    return QuantScheme.parse(f"w4a8-g{GROUP}" if kernel.template.name.endswith(f"_g{GROUP}") else "w4a8")
+    return QuantScheme.parse(f"w4a8-g{GROUP}" if kernel.grouped else "w4a8")
 
 
 def _weight(name: str, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +172,14 @@ def scheme_methods(
     return found
 
 
-def _quantized(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+def quantized_operands(name: str, operands: Sequence[Any]) -> list[tuple[Tensor, ...]]:
+    """Copies of x, w and bias in bf16 -> the operands of a scheme's linear."""
     return [(*_input(name, o.x), *_weight(name, o.w), o.bias) for o in operands]
 
 
 def _gemm_only(name: str, shape: Shape, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
-    kernel, given = SCHEMES[name], _quantized(name, operands)
-    grouped = kernel.template.name.endswith(f"_g{GROUP}")
-    config = kernel.template.candidates(replace(problem(shape), grouped=grouped))[0]
+    kernel, given = SCHEMES[name], quantized_operands(name, operands)
+    config = kernel.template.candidates(replace(problem(shape), grouped=kernel.grouped))[0]
     depth = (shape.depth,) if kernel.packed else ()
     return lambda i: lambda: kernel.launch(*given[i], torch.bfloat16, *depth, config=config)
 
@@ -186,5 +191,5 @@ def _compiled(name: str, operands: Sequence[Any]) -> Callable[[int], Callable[[]
 
 
 def _scaled_mm(operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
-    given = _quantized("fp8", operands)
+    given = quantized_operands("fp8", operands)
     return lambda i: lambda: viditq_scaled_mm_linear(*given[i], out_dtype=torch.bfloat16)

@@ -114,7 +114,17 @@ def _launched(name: str, config: GemmConfig, operands: Sequence[Any]) -> Callabl
 
 
 def _split_k(name: str, config: GemmConfig, operands: Sequence[Any]) -> Callable[[int], Method]:
-    """The kernel, and the second one that Inductor writes where nothing follows to fuse it with."""
+    run = split_linear(config)
+
+    def call(i: int) -> Method:
+        o = operands[i]
+        return lambda: run(o.x_q, o.x_scale, o.w_q, o.w_scale, o.bias)
+
+    return call
+
+
+def split_linear(config: GemmConfig) -> Callable[..., Tensor]:
+    """The kernel that splits K, and the second one that Inductor writes where nothing follows to fuse it with."""
 
     def finish(sums: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor:
         acc_MN = sums[0]
@@ -124,10 +134,8 @@ def _split_k(name: str, config: GemmConfig, operands: Sequence[Any]) -> Callable
 
     fast = torch.compile(finish, dynamic=False)
 
-    def call(i: int) -> Method:
-        o = operands[i]
-        return lambda: fast(
-            linear_w8a8_split_k.partial_sums(o.x_q, o.w_q, config=config), o.x_scale, o.w_scale, o.bias
-        )
+    def run(x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor) -> Tensor:
+        sums_SMN = linear_w8a8_split_k.partial_sums(x_q, w_q, config=config)
+        return fast(sums_SMN, x_scale, w_scale, bias)
 
-    return call
+    return run

@@ -83,7 +83,7 @@ def launches(code: str) -> Launches:
 def count(name: str, make: Callable[[], tuple[Any, ...]]) -> BlockCount:
     """Compile a block for CUDA twice; `make` returns (module, *inputs) and runs on the fake device."""
     counted = CountQuantizes()
-    options = {"extra_passes": [after("fuse_shared_input", counted)]}
+    options = {"extra_passes": [after("fuse_shared_input", counted)], "selection": "always"}
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> None:
         viditq_backend(gm, inputs, options=options)

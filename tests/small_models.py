@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from viditq_fx.graph_edit import copy_graph_module
 from viditq_fx.passes.base import PassContext
+from viditq_fx.runtime import executions
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.testing import relative_error as relative_error
 from viditq_fx.testing import targets as targets
@@ -85,6 +86,18 @@ def capture(model: Callable[..., Any], *args: Any, dynamic: bool | None = False)
         torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
     assert len(graphs) == 1
     return graphs[0]
+
+
+def compiled(model: Callable[..., Any], **kwargs: Any) -> Any:
+    """`torch.compile` with our backend."""
+    return torch.compile(model, backend="viditq", **kwargs)
+
+
+def run_counting(call: Callable[..., Any], *args: Any) -> tuple[Any, list[int]]:
+    """(result, sites quantized in each graph that ran)."""
+    with executions() as ran:
+        result = call(*args)
+    return result, [sum(site.done is not None for site in run.report.sites) for run in ran]
 
 
 def context(scheme: str = "w8a8", keep: tuple[str, ...] = ()) -> PassContext:

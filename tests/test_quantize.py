@@ -64,6 +64,7 @@ def test_plain_inductor_runs_it_too():
     assert relative_error(torch.compile(layer)(x), layer(x)) < 2e-3
 
 
+@pytest.mark.slow
 def test_full_precision_memory_is_gone():
     model, inputs, _, _ = quantized()
     with torch.no_grad():

@@ -41,6 +41,7 @@ def resident(tensor):
     return pages
 
 
+@pytest.mark.slow
 def test_memory_is_really_gone():
     layer, call, x, want = released_linear(1024)
     assert is_released(layer.weight)

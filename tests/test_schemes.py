@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import viditq_fx as vq
-from tests.small_models import QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
+from tests.small_models import GEMMS_PER_LAYER, QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
 from viditq_fx.errors import OptionError, RecipeError, SchemeError
 from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import Recipe, SitePlan
@@ -16,7 +16,14 @@ from viditq_fx.scheme import QuantScheme, available_schemes
 from viditq_fx.timestep import Clock, timestep_name
 
 LAYERS = {"q": 64, "k": 64, "v": 64, "out": 64, "up": 64, "down": 256}
-ERRORS = {"w6a6": 0.03, "w8a8-asym": 0.01, "w4a8-g128-asym-rot": 0.07, "dvd-w4a8": 0.08, "dvd-w4a4": 0.1}
+ERRORS = {
+    "w6a6": 0.03,
+    "w8a8-asym": 0.01,
+    "w4a8-g128-asym-rot": 0.07,
+    "dvd-w4a8": 0.08,
+    "dvd-w4a4": 0.1,
+    "w4a4-bgr-svd16": 0.1,
+}
 
 
 def compiled(model, **options):
@@ -166,3 +173,33 @@ def test_options_that_contradict_each_other():
             compiled(tiny_dit(1), **options)(*tiny_inputs())
     with pytest.raises(OptionError, match="compile"):
         vq.quantize_(tiny_dit(1), args=tiny_inputs(), scheme="dvd-w4a6")
+
+
+@pytest.mark.parametrize("scheme", ["dvd-w4a4", "dvd-w4a8"])
+def test_the_graph_that_runs_multiplies_integers_at_every_planned_site(monkeypatch, scheme):
+    """What is given to Inductor: one GEMM of 4-bit weights for each planned one, and no float GEMM but those kept."""
+    graphs = []
+
+    def run_as_it_is(self, gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", run_as_it_is)
+    with torch.no_grad(), executions() as ran:
+        compiled(tiny_dit(2), scheme=scheme)(*tiny_inputs())
+    (gm,), sites = graphs, ran[0].report.sites
+    planned = [site for site in sites if site.planned]
+    gemms = [node for node in gm.graph.nodes if "matmul_s8s4" in str(node.target)]
+    assert len(planned) == 2 * QUANTIZED_PER_LAYER
+    assert len(gemms) == len({site.joined or site.fqn for site in planned}) == 2 * GEMMS_PER_LAYER
+    for node in gemms:
+        x, w, _, blocks = (a.meta["example_value"] if a is not None else None for a in node.args)
+        assert (x.dtype, w.dtype, blocks.shape[-1]) == (torch.int8, torch.uint8, -(-x.shape[-1] // 128))
+    floats = [node for node in gm.graph.nodes if node.target is torch.nn.functional.linear]
+    assert len(floats) == len(sites) - len(planned)
+
+
+def test_weights_of_a_row_take_at_most_a_quarter_of_bf16_and_their_scales():
+    for name in ("dvd-w4a4", "w4a8"):
+        form = QuantScheme.parse(name).weight_form
+        assert form.nbytes(3072, 3072) <= 0.27 * 2 * 3072 * 3072

@@ -45,7 +45,7 @@ def test_names():
             QuantScheme.parse(wrong)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], pytest.param(SCHEMES[1], marks=pytest.mark.slow)])
 def test_compiled_is_what_modules_compute(scheme):
     model, inputs = tiny_dit(1), tiny_inputs()
     with torch.no_grad():
@@ -63,7 +63,9 @@ def test_compiled_is_what_modules_compute(scheme):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_with_a_kernel_and_without_the_numbers_are_the_same(monkeypatch, scheme, dtype):
     from viditq_fx.ops import int4
@@ -161,6 +163,7 @@ def test_a_written_weight_is_packed_again():
         assert relative_error(fast(x), 2 * before) < 1e-6
 
 
+@pytest.mark.slow
 def test_plain_inductor_and_dequantized_weight():
     linear = nn.Linear(300, 64).requires_grad_(False)
     layer = QuantLinear.from_linear(linear, QuantScheme.parse("w4a8-g128"))

@@ -14,6 +14,7 @@ from tests.small_models import relative_error
 from viditq_fx.ops.blocked import is_freed
 from viditq_fx.ops.onednn import onednn_is_exact
 from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.recipe import SitePlan
 from viditq_fx.scheme import QuantScheme
 
 ERROR = 0.02
@@ -263,9 +264,7 @@ def test_weight_dtype_follows_the_model(start):
 
 def test_copies_of_tied_layers_stay_tied():
     layer = QuantLinear.from_linear(nn.Linear(64, 64).requires_grad_(False), W8A8)
-    tied = nn.Sequential(
-        layer, QuantLinear(layer._weight_q, layer.weight_scale, None, W8A8, torch.float32, 64)
-    )
+    tied = nn.Sequential(layer, QuantLinear(layer._stored(), None, SitePlan(scheme=W8A8), torch.float32, 64))
     assert tied[0]._weight_q is tied[1]._weight_q
     for other in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
         assert other[0]._weight_q is other[1]._weight_q

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from viditq_fx.calibration.run import calibrate
+    from viditq_fx.calibration.allocate import allocate
+    from viditq_fx.calibration.findings import Findings
+    from viditq_fx.calibration.run import calibrate, collect
+    from viditq_fx.calibration.sensitivity import measure_sensitivity
+    from viditq_fx.calibration.sensitivity_table import SensitivityTable
     from viditq_fx.errors import (
         OptionError,
         RecipeError,
@@ -29,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ExplainReport": "viditq_fx.inspection",
+    "Findings": "viditq_fx.calibration.findings",
     "OptionError": "viditq_fx.errors",
     "QuantLinear": "viditq_fx.quant_linear",
     "QuantPointwiseConv": "viditq_fx.quant_conv",
@@ -37,13 +42,17 @@ _HOMES = {
     "RecipeError": "viditq_fx.errors",
     "ReleasedWeightError": "viditq_fx.errors",
     "SchemeError": "viditq_fx.errors",
+    "SensitivityTable": "viditq_fx.calibration.sensitivity_table",
     "SitePlan": "viditq_fx.recipe",
     "StrictError": "viditq_fx.errors",
     "ViditqError": "viditq_fx.errors",
     "WeightError": "viditq_fx.errors",
+    "allocate": "viditq_fx.calibration.allocate",
     "available_schemes": "viditq_fx.scheme",
     "calibrate": "viditq_fx.calibration.run",
+    "collect": "viditq_fx.calibration.run",
     "explain": "viditq_fx.inspection",
+    "measure_sensitivity": "viditq_fx.calibration.sensitivity",
     "quantize_": "viditq_fx.quantize",
     "repack": "viditq_fx.ops.packed_weights",
     "forced_bits": "viditq_fx.switching_graph",
@@ -54,6 +63,7 @@ _HOMES = {
 }
 __all__ = [
     "ExplainReport",
+    "Findings",
     "OptionError",
     "QuantLinear",
     "QuantPointwiseConv",
@@ -62,16 +72,20 @@ __all__ = [
     "RecipeError",
     "ReleasedWeightError",
     "SchemeError",
+    "SensitivityTable",
     "SitePlan",
     "StrictError",
     "ViditqError",
     "WeightError",
     "__version__",
+    "allocate",
     "available_schemes",
     "calibrate",
+    "collect",
     "explain",
     "forced_bits",
     "generation",
+    "measure_sensitivity",
     "quantize_",
     "repack",
     "reset",

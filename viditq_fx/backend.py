@@ -64,7 +64,8 @@ def _compile_pair(
     from viditq_fx.timestep import TIMESTEP_NAMES
 
     assert ours.low_scheme is not None
-    low = replace(ours, scheme=ours.low_scheme, low_scheme=None)
+    # Both quantize the same sites: the high one weighs none either.
+    low = replace(ours, scheme=ours.low_scheme, low_scheme=None, selection="always")
     low_report = CompileReport(scheme=str(low.scheme), device=report.device)
     runs = []
     for options, told in ((low, low_report), (ours, report)):
@@ -102,20 +103,15 @@ def _compile_quantized(
     inductor: Any,
     report: CompileReport,
 ) -> Callable[..., Any]:
-    from viditq_fx.graph_edit import copy_graph_module, example
+    from viditq_fx.graph_edit import copy_graph_module
     from viditq_fx.lowering.select import compile_with_kernels
     from viditq_fx.lowering.templates import extra_templates
-    from viditq_fx.passes.base import PassContext
-    from viditq_fx.passes.pipeline import build_pipeline
-    from viditq_fx.passes.site_plan import SLOT_KEY
-    from viditq_fx.plugins import class_files, identity, package_files
+    from viditq_fx.passes.pipeline import build_pipeline, context_of
     from viditq_fx.runtime import CompiledGraph
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
     quantized = copy_graph_module(gm)
-    ctx = PassContext(
-        scheme=ours.scheme, keep=ours.keep, attention=ours.attention, recipe=ours.recipe, report=report
-    )
+    ctx = context_of(ours, report)
     pipeline = build_pipeline(ours, report, _trace)
     pipeline.run(quantized, ctx)
     if ours.strict:
@@ -123,28 +119,15 @@ def _compile_quantized(
     _warn_unmatched(ours.keep, report)
 
     positions = {node.name: index for index, node in enumerate(original)}
-    values: list[Any] = []
-    passed_through: list[int] = []
-    for node in quantized.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if SLOT_KEY in node.meta:
-            values.append(example(node))
-        else:
-            passed_through.append(positions[node.name])
-            values.append(example_inputs[positions[node.name]])
+    values, passed_through = _arguments(quantized, positions, example_inputs)
     sources = _source_names(original)
     templates = extra_templates(ours, report)
-    foreign = identity(
-        [(f"{type(step).__qualname__} {step!r}", class_files(type(step))) for step in pipeline.extra]
-        + [(f"{t.name} {t.configs}", package_files(t.source_file)) for t in templates]
-    )
     compiled = compile_with_kernels(
         quantized,
         values,
         inductor,
         templates=templates,
-        foreign=foreign,
+        foreign=_foreign(pipeline.extra, templates),
         quantize_kernels=ours.quantize_kernels,
     )
     for name, entry in ctx.sites.items():
@@ -160,6 +143,36 @@ def _compile_quantized(
         full_weights=[(i, sources[i]) for i in passed_through if sources[i].endswith("['weight']")],
         report=report,
         options=ours,
+    )
+
+
+def _arguments(
+    quantized: fx.GraphModule, positions: Mapping[str, int], example_inputs: Sequence[Any]
+) -> tuple[list[Any], list[int]]:
+    """(example inputs of the quantized graph, which of the original graph's it still takes)."""
+    from viditq_fx.graph_edit import example
+    from viditq_fx.passes.site_plan import SLOT_KEY
+
+    values: list[Any] = []
+    passed_through: list[int] = []
+    for node in quantized.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if SLOT_KEY in node.meta:
+            values.append(example(node))
+        else:
+            passed_through.append(positions[node.name])
+            values.append(example_inputs[positions[node.name]])
+    return values, passed_through
+
+
+def _foreign(passes: Sequence[Any], templates: Sequence[Any]) -> tuple[str, ...] | None:
+    """What identifies the code from outside in cache keys; None where its files are not known."""
+    from viditq_fx.plugins import class_files, identity, package_files
+
+    return identity(
+        [(f"{type(step).__qualname__} {step!r}", class_files(type(step))) for step in passes]
+        + [(f"{t.name} {t.configs}", package_files(t.source_file)) for t in templates]
     )
 
 

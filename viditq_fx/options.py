@@ -17,6 +17,7 @@ from viditq_fx.switching import SwitchRule
 WEIGHTS_MODES = ("keep", "release")
 ATTENTION_MODES = ("auto", "int8", "keep")
 QUANTIZE_KERNELS = ("auto", "inductor", "triton")
+SELECTION_MODES = ("auto", "always")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class CompileOptions:
     quantize_kernels: str = "auto"
     """What quantizes rows on CUDA. "auto": our kernel behind a rotation, else Inductor's fusion. "triton": ours also
     behind norms and activations. "inductor": never ours."""
+    selection: str = "auto"
+    """"auto": on a GPU, a site that is expected to be no faster quantized stays in full precision, unless memory is
+    what was asked for (4-bit weights, or weights="release"), or a recipe or a switched pair says what to quantize.
+    "always": quantize whatever the policy plans."""
     extra_passes: tuple[Any, ...] = ()
     """Passes of the user's, each alone or in before(name, pass) or after(name, pass) of passes/pipeline.py."""
     extra_templates: tuple[Any, ...] = ()
@@ -52,6 +57,13 @@ class CompileOptions:
     """Use the passes and kernel templates that installed packages offer through entry points."""
     mode: str | None = None
     """Inductor's mode ("max-autotune", ...): torch.compile forbids `mode=` beside `options=`."""
+
+    @property
+    def weighs_speed(self) -> bool:
+        """Whether a site that would run no faster quantized is to stay in full precision."""
+        for_memory = self.weights == "release" or self.scheme.weight_form.nibbles
+        asked = self.recipe is not None or self.low_scheme is not None  # for these very sites
+        return self.selection == "auto" and not for_memory and not asked
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -97,7 +109,12 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     for key in ("strict", "plugins"):
         if not isinstance(ours.get(key, False), bool):
             raise OptionError(f"option {key!r} is True or False, not {ours[key]!r}")
-    choices = {"weights": WEIGHTS_MODES, "attention": ATTENTION_MODES, "quantize_kernels": QUANTIZE_KERNELS}
+    choices = {
+        "weights": WEIGHTS_MODES,
+        "attention": ATTENTION_MODES,
+        "quantize_kernels": QUANTIZE_KERNELS,
+        "selection": SELECTION_MODES,
+    }
     for key, allowed in choices.items():
         if ours.get(key, allowed[0]) not in allowed:
             raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")

@@ -20,6 +20,7 @@ from viditq_fx.ops.weight_forms import (
     linear_in_scheme,
     quantize_input,
     quantize_weight,
+    split_branch,
     stored_dtype,
 )
 from viditq_fx.recipe import SitePlan
@@ -33,7 +34,12 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_SAVED = ("weight", "weight_q", "weight_scale", "weight_zero", "input_multiplier", "input_scale", "rotation")
+_OF_THE_WEIGHT = ("_weight_scale", "_weight_zero", "_branch_down", "_branch_up")
+"""Buffers that are made of the weight, in the order in which `quantize_weight` returns them."""
+_SAVED = (
+    *("weight", "weight_q", *(name[1:] for name in _OF_THE_WEIGHT)),
+    *("input_multiplier", "input_scale", "rotation"),
+)
 
 
 _Layer = TypeVar("_Layer", bound="QuantLinear")
@@ -83,7 +89,7 @@ class QuantLinear(nn.Module):
     In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one. With 4-bit
     weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
     there is `weight_zero`, shaped as the scales; where the input is balanced or rotated first, `input_multiplier`
-    fp32 [K] and `rotation` int64 [], the block.
+    fp32 [K] and `rotation` int64 [], the block; with a low-rank branch `branch_down` [r, K] and `branch_up` [N, r].
     A full-precision `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
@@ -93,6 +99,8 @@ class QuantLinear(nn.Module):
     _weight_q: Tensor
     _weight_scale: Tensor
     _weight_zero: Tensor | None
+    _branch_down: Tensor | None
+    _branch_up: Tensor | None
     _input_multiplier: Tensor | None
     _input_scale: Tensor | None
     bias: nn.Parameter | None
@@ -107,7 +115,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         assert plan.scheme is not None
-        weight_q, scale, *zero = stored
+        (weight_q, scale, *zero), branch = split_branch(stored, plan.scheme.weight_form)
         self.out_features, self.in_features = weight_q.shape[0], in_features
         self.scheme, self.rotation = plan.scheme, plan.rotation
         self.weight_dtype = weight_dtype
@@ -117,6 +125,8 @@ class QuantLinear(nn.Module):
         vectors = {
             "_weight_scale": scale,
             "_weight_zero": zero[0] if zero else None,
+            "_branch_down": branch[0] if branch else None,
+            "_branch_up": branch[1] if branch else None,
             "_input_multiplier": _held(plan.multiplier, scale.device),
             "_input_scale": _held(plan.input_scale, scale.device),
         }
@@ -185,7 +195,7 @@ class QuantLinear(nn.Module):
         x_q, x_scale = quantize_input(
             x, self.scheme, self._input_multiplier, self.rotation, self._scale_now()
         )
-        return linear_in_scheme(self.scheme, x_q, x_scale, self._stored(), self.bias, dtype)
+        return linear_in_scheme(self.scheme, x, x_q, x_scale, self._stored(), self.bias, dtype)
 
     @torch.compiler.assume_constant_result  # so Dynamo runs it, and torch 2.11's does not take it for an export
     def _keep_plain_for_export(self) -> bool:
@@ -213,8 +223,8 @@ class QuantLinear(nn.Module):
         return self._input_scale.index_select(0, self.clock.read())
 
     def _stored(self) -> Stored:
-        zero = () if self._weight_zero is None else (self._weight_zero,)
-        return self._weight_q, self._weight_scale, *zero
+        vectors = (self._weight_zero, self._branch_down, self._branch_up)
+        return self._weight_q, self._weight_scale, *(value for value in vectors if value is not None)
 
     def _plan(self) -> SitePlan:
         return SitePlan(scheme=self.scheme, multiplier=self._input_multiplier, rotation=self.rotation)
@@ -304,7 +314,8 @@ class QuantLinear(nn.Module):
             return problem
         if "weight" in found:
             q, *vectors = quantize_weight(found["weight"].flatten(1), self._form())
-            given: dict[str, Tensor] = dict(zip(("weight_scale", "weight_zero"), vectors, strict=False))
+            names = [name[1:] for name in _OF_THE_WEIGHT if self._buffers[name] is not None]
+            given: dict[str, Tensor] = dict(zip(names, vectors, strict=True))
         else:
             q, given = found["weight_q"], {name: found[name] for name in self._vectors()}
         for name, value in given.items():

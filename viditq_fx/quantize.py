@@ -42,8 +42,9 @@ def quantize_(
     `args` and `kwargs` are one example call: the model runs once (without gradients), because roles
     are found in its graph. `keep` adds globs over module paths, or roles, to what stays in full
     precision; `scheme` is "w8a8" unless given. A `recipe` (of `calibrate`, or the directory of a saved one)
-    brings schemes, balance and rotation by site, and its own scheme and keep. The model then runs eagerly and
-    compiled, moves, copies and saves in int8.
+    brings schemes, balance and rotation by site, and its own scheme and keep. Layers that would run faster in full
+    precision are quantized too: this is for memory. The model then runs eagerly and compiled, moves, copies and
+    saves in int8.
 
     Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
     Raises SchemeError, OptionError or RecipeError for wrong arguments, ViditqError without an example call,
@@ -164,7 +165,7 @@ def _choose(model: nn.Module, plans: _Plans) -> dict[str, nn.Module]:
         if not isinstance(weight, nn.Parameter) or id(weight) not in plans:
             continue
         entries = [entry for _, entry in plans[id(weight)]]
-        reason = next((e.reason for e in entries if e.reason is not None), None) or _why_not(module)
+        reason = next((e.reason for e in entries if e.reason is not None), None) or why_not_replaced(module)
         if reason is None:
             chosen[path] = module
             replaceable.add(id(weight))
@@ -206,7 +207,8 @@ def _unseen(model: nn.Module, plans: _Plans, keep: tuple[str, ...]) -> list[str]
 _REPLACED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _why_not(module: nn.Module) -> str | None:
+def why_not_replaced(module: nn.Module) -> str | None:
+    """Why a linear layer cannot be replaced by one that holds integers; None if it can."""
     kind = next((base for base in _REPLACED if isinstance(module, base)), None)
     own = kind is None or type(module).forward is not kind.forward
     if own or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,14 +37,16 @@ def write_recipe(
     path = Path(folder)
     content = save({name: value.contiguous() for name, value in sorted(tensors.items())})
     head = {"format": FORMAT, "version": VERSION, "tensors_sha256": hashlib.sha256(content).hexdigest()}
-    text = (
-        json.dumps({**head, **document}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    try:
+        text = json.dumps({**head, **document}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        encoded = f"{text}\n".encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"cannot write the recipe {path}: it holds what JSON has not ({error})") from error
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Last the one that names the other by its digest: what is read half-way does not fit, and says so.
         write_whole(path / TENSOR_FILE, content)
-        write_whole(path / JSON_FILE, text.encode("utf-8", "surrogatepass"))
+        write_whole(path / JSON_FILE, encoded)
     except OSError as error:
         raise RecipeError(f"cannot write the recipe {path}: {error.strerror or error}") from error
     return path
@@ -91,7 +94,9 @@ def _read(path: Path, largest: int) -> bytes:
 def _json(path: Path) -> dict[str, Any]:
     content = _read(path, _LARGEST_JSON)
     try:
-        document = json.loads(content.decode(), parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+        document = json.loads(
+            content.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_repeats
+        )
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: is no JSON text that a recipe could be ({error}); {_AGAIN}") from error
     if not isinstance(document, dict):
@@ -101,6 +106,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

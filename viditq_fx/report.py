@@ -47,6 +47,10 @@ class SiteReport:
     """Multiplies and adds of one call, at the sizes seen at compile time."""
     flops_hinted: bool = False
     """Some of those sizes are symbolic: other calls may do more or less."""
+    expected_us: float | None = None
+    """Microseconds that it should take quantized, its input's quantization included; None: not known."""
+    expected_full_us: float | None = None
+    """The same in full precision."""
 
     @property
     def outcome(self) -> str:

@@ -16,7 +16,7 @@ INT4_MULTIPLE = 128
 WEIGHT_BITS = (8, 6, 4)
 INPUT_BITS = (8, 7, 6, 4)
 INPUT_RANGES = ("dynamic", "static", "timestep")
-_NAME = re.compile(r"^w(\d+)a(\d+)((?:-[a-z0-9]+)*)$")
+_NAME = re.compile(r"^w([0-9]+)a([0-9]+)((?:-[a-z0-9]+)*)$")
 _ALIASES = {
     "dvd-w4a8": "w4a8-bgr-rot-block",
     "dvd-w4a4": "w4a4-bgr-rot-block",
@@ -41,6 +41,8 @@ class WeightForm:
     """None: symmetric. "minmax" or "bgr": a scale and an integer zero point for each row (ops/grid.py)."""
     rotation: int = 1
     """Block of the Hadamard rotation that the weight went through (ops/rotate.py); 1 is none."""
+    rank: int = 0
+    """Of a branch in full precision that takes the largest part off first (ops/low_rank.py); 0 is none."""
     multiplier: Hashable = None
     """What its input channels were divided by before that: an ops.weight_forms.Multiplier, or None."""
 
@@ -51,7 +53,8 @@ class WeightForm:
     def nbytes(self, width: int, depth: int) -> int:
         """Bytes of integers, scales and zero points of a weight [N, K] = [width, depth]."""
         groups = 1 if self.group is None else -(-depth // self.group)
-        return width * (self.stored_width(depth) + (4 if self.grid is None else 8) * groups)
+        branch = 2 * self.rank * (width + depth)
+        return width * (self.stored_width(depth) + (4 if self.grid is None else 8) * groups) + branch
 
 
 def half_width(depth: int) -> int:
@@ -72,6 +75,7 @@ class QuantScheme:
         -bgr       the same, its grid refined to the row's least squares (DVD-Quant section 3.2)
         -rot       input and weight rotated by a blocked Hadamard matrix first (QuaRot; ViDiT-Q section 4.2)
         -block     an input scale for each token and 128 channels of it (DVD-Quant section 3.3, on integers)
+        -svd16, -svd32   a low-rank branch in full precision beside the weight (SVDQuant)
         -static    one input scale for all tokens and steps, from calibration
         -timestep  one input scale for each range of the timestep, from calibration
 
@@ -90,19 +94,31 @@ class QuantScheme:
     rotate: bool = False
     block: int | None = None
     """Channels of a token that share one input scale; None: the whole token."""
+    rank: int = 0
+    """As in `WeightForm`: 0, 16 or 32."""
     input_range: str = "dynamic"
     """Where the input's scale comes from: one of INPUT_RANGES."""
 
     def __post_init__(self) -> None:
         problem = self._problem()
         if problem is not None:
-            raise SchemeError(f"scheme {str(self)!r}: {problem}; choose one such as {available_schemes()}")
+            raise SchemeError(
+                f"scheme {str(self)!r} is not available: {problem}; choose one such as {available_schemes()}"
+            )
 
     def _problem(self) -> str | None:
         four = self.weight_bits == 4
         if self.floating:
-            rest = (self.weight_bits, self.input_bits, self.group, self.grid, self.rotate, self.block)
-            if rest != (8, 8, None, None, False, None) or self.input_range != "dynamic":
+            rest = (
+                self.weight_bits,
+                self.input_bits,
+                self.group,
+                self.grid,
+                self.rotate,
+                self.block,
+                self.rank,
+            )
+            if rest != (8, 8, None, None, False, None, 0) or self.input_range != "dynamic":
                 return "fp8 is taken as it is"
         elif self.weight_bits not in WEIGHT_BITS or self.input_bits not in INPUT_BITS:
             return f"weights have {WEIGHT_BITS} bits and inputs {INPUT_BITS}"
@@ -112,6 +128,8 @@ class QuantScheme:
             return f"grid {self.grid!r} is not known"
         if self.block not in (None, GROUP) or (self.block and not (four and self.input_bits in (4, 8))):
             return "scales for blocks of the input are for w4a8 and w4a4"
+        if self.rank not in (0, 16, 32) or (self.rank and not four):
+            return "a branch of rank 16 or 32 is for 4-bit weights"
         if self.input_range not in INPUT_RANGES or (self.block and self.input_range != "dynamic"):
             return "scales for blocks of the input are found at run time"
         return None
@@ -124,6 +142,7 @@ class QuantScheme:
         parts += [{"minmax": "asym", "bgr": "bgr"}.get(self.grid, self.grid)] if self.grid else []
         parts += ["rot"] if self.rotate else []
         parts += ["block"] if self.block else []
+        parts += [f"svd{self.rank}"] if self.rank else []
         parts += [self.input_range] if self.input_range != "dynamic" else []
         name = "-".join(parts)
         return _SHORT.get(name, name)
@@ -137,6 +156,7 @@ class QuantScheme:
             nibbles=self.weight_bits == 4,
             floating=self.floating,
             grid=self.grid,
+            rank=self.rank,
         )
 
     @property
@@ -168,8 +188,8 @@ class QuantScheme:
             if added is None or added.keys() & fields.keys():
                 problem = "is not known" if added is None else "is given beside another of its kind"
                 raise SchemeError(
-                    f"unknown scheme {name!r}: suffix -{suffix} {problem}; suffixes are "
-                    f"{', '.join('-' + s for s in _SUFFIXES)}"
+                    f"scheme {name!r} is not available: suffix -{suffix} {problem}; suffixes are "
+                    f"{', '.join('-' + s for s in _SUFFIXES)}; choose one such as {available_schemes()}"
                 )
             fields |= added
         return cls(weight_bits=int(match[1]), input_bits=int(match[2]), **fields)  # type: ignore[arg-type]
@@ -181,6 +201,8 @@ _SUFFIXES: dict[str, dict[str, object]] = {
     "bgr": {"grid": "bgr"},
     "rot": {"rotate": True},
     "block": {"block": GROUP},
+    "svd16": {"rank": 16},
+    "svd32": {"rank": 32},
     "static": {"input_range": "static"},
     "timestep": {"input_range": "timestep"},
 }

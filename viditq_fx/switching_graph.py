@@ -139,22 +139,32 @@ def switch_bits(
     _FOLLOWED[model] = _Follower(model, rule, name)
 
 
-def _switches(model: nn.Module) -> list[BitSwitch]:
+def switches(model: nn.Module) -> list[BitSwitch]:
+    """What decides the bits of a model's steps: its hooks of `switch_bits`, then one for each graph that ran."""
     model = getattr(model, "_orig_mod", model)
     followed = _FOLLOWED.get(model)
-    mine = [graph.switch for graph in list(_GRAPHS) if graph.runs_weights_of(model)]
+    mine = [graph.switch for graph in _graphs(model)]
     return [*([followed.switch] if followed is not None else []), *mine]
+
+
+def high_schemes(model: nn.Module) -> set[str]:
+    """Names of the schemes that a model's graphs run in at high bits; nothing where none switches its bits."""
+    return {graph.report.scheme for graph in _graphs(getattr(model, "_orig_mod", model))}
+
+
+def _graphs(model: nn.Module) -> list[SwitchingGraph]:
+    return [graph for graph in list(_GRAPHS) if graph.runs_weights_of(model)]
 
 
 def reset(model: nn.Module) -> None:
     """Begin a new generation with the model's next call: for a sampler whose timesteps do not turn back."""
-    for switch in _switches(model):
+    for switch in switches(model):
         switch.reset()
 
 
 def step_records(model: nn.Module) -> list[StepRecord]:
     """What every step of a model ran at, in order; [] for one that does not switch its bits."""
-    return [record for switch in _switches(model) for record in switch.records]
+    return [record for switch in switches(model) for record in switch.records]
 
 
 @contextmanager

@@ -6,10 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import viditq_fx as vq
-from tests.calibration.test_calibrate import calls, findings_of
+from tests.calibration.test_calibrate import calls
 from tests.small_models import tiny_dit
 from viditq_fx.calibration.balance import channel_scale, random_signs
 from viditq_fx.calibration.options import read_options
+from viditq_fx.calibration.run import collect
 from viditq_fx.calibration.trial import Trial
 from viditq_fx.ops.rotate import rotate, transform_weight
 from viditq_fx.scheme import QuantScheme
@@ -131,7 +132,7 @@ def test_linears_of_one_input_get_one_plan():
     assert q.input_scale is k.input_scale is v.input_scale
     assert q.rotation == k.rotation == v.rotation == 64
     model.float()
-    found = findings_of(model, calls(model))
+    found = collect(model, calls(model))
     group = found.group("blocks.0.q")
     weights = torch.cat([getattr(model.blocks[0], name).weight for name in "qkv"])
     assert torch.equal(group.weight_amax(), weights.abs().amax(0))
@@ -139,7 +140,7 @@ def test_linears_of_one_input_get_one_plan():
 
 def test_the_error_of_a_trial_is_that_of_the_linear():
     model = tiny_dit(layers=1)
-    group = findings_of(model, calls(model)).group("blocks.0.down")
+    group = collect(model, calls(model)).group("blocks.0.down")
     multiplier = torch.rand(256) + 0.5
     got = Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64)
     x, w = group.reservoir().rows_RK, model.blocks[0].down.weight

@@ -1,5 +1,8 @@
 """calibrate: sites are the compiler's, statistics are those of plain hooks, and the model is left as it was."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +10,7 @@ from torch.nn import functional as F
 
 import viditq_fx as vq
 from tests.small_models import TinyDiT, tiny_dit, tiny_inputs
-from viditq_fx.calibration.findings import observe
-from viditq_fx.calibration.options import read_options
-from viditq_fx.calibration.progress import progress_of
-from viditq_fx.calibration.samples import Samples
-from viditq_fx.calibration.watch import Watch
+from viditq_fx.calibration.run import collect
 from viditq_fx.runtime import executions
 
 STEPS = (900.0, 500.0, 10.0)
@@ -26,13 +25,6 @@ def calls(model, steps=STEPS, tokens=40):
             model(x * (1 + step), timestep=torch.full((2,), step))
 
     return run
-
-
-def findings_of(model, run, resume=None, **asked):
-    """What `calibrate` decides from."""
-    options = read_options("w8a8", (), None, None, None, None, **asked)
-    with Watch(model, keep=(), timestep=options.timestep) as watch:
-        return observe(watch, Samples(model, run), options, progress_of(False), resume)
 
 
 def hooked(model, run):
@@ -53,10 +45,13 @@ def hooked(model, run):
 def state(recipe):
     """All of a recipe that can be compared."""
     return {
-        path: (str(p.scheme), p.rotation, p.reason)
-        + tuple(None if t is None else t.tolist() for t in (p.multiplier, p.input_scale))
+        path: (str(p.scheme), p.rotation, p.reason, _values(p.multiplier), _values(p.input_scale))
         for path, p in recipe.sites.items()
     }
+
+
+def _values(tensor):
+    return None if tensor is None else tensor.tolist()
 
 
 def test_sites_are_those_of_quantize_and_of_the_backend():
@@ -73,7 +68,7 @@ def test_sites_are_those_of_quantize_and_of_the_backend():
 
 def test_statistics_are_those_of_plain_hooks():
     model = tiny_dit(layers=1)
-    found = findings_of(model, calls(model))
+    found = collect(model, calls(model))
     read = hooked(model, calls(model))
     assert [b.low for b in found.buckets.items] == sorted(STEPS)
     for path in ("blocks.0.v", "blocks.0.out", "blocks.0.up", "blocks.0.down"):
@@ -104,7 +99,7 @@ def test_branches_are_halves_of_the_batch():
     model = tiny_dit(layers=1)
     x, _ = tiny_inputs()
     x = torch.cat([x[:1], 3 * x[:1]])
-    found = findings_of(model, lambda: model(x, timestep=torch.full((2,), 5.0)), branches=2)
+    found = collect(model, lambda: model(x, timestep=torch.full((2,), 5.0)), branches=2)
     first = hooked(model, lambda: model(x, timestep=torch.full((2,), 5.0)))["blocks.0.out"][0]
     (bucket,) = found.buckets.items
     for branch in (0, 1):
@@ -113,7 +108,7 @@ def test_branches_are_halves_of_the_batch():
 
 def test_more_timesteps_than_buckets_merge_neighbours():
     model = tiny_dit(layers=1)
-    found = findings_of(model, calls(model, (1.0, 0.5, 0.48, 0.1, 0.09)), max_buckets=3)
+    found = collect(model, calls(model, (1.0, 0.5, 0.48, 0.1, 0.09)), max_buckets=3)
     assert [(b.low, b.high) for b in found.buckets.items] == [
         pytest.approx(pair) for pair in ((0.09, 0.1), (0.48, 0.5), (1.0, 1.0))
     ]
@@ -188,7 +183,7 @@ class Broken(TinyDiT):
 def test_a_model_with_graph_breaks_and_several_sizes():
     torch.manual_seed(0)
     model = Broken().eval()
-    found = findings_of(model, lambda: [calls(model, (5.0,), tokens=n)() for n in (20, 40, 56)])
+    found = collect(model, lambda: [calls(model, (5.0,), tokens=n)() for n in (20, 40, 56)])
     read = hooked(model, lambda: [calls(model, (5.0,), tokens=n)() for n in (20, 40, 56)])
     assert found.unseen == ("stem", "time", "head")  # Dynamo leaves a loop that breaks to Python
     for path in ("blocks.0.q", "blocks.1.down"):
@@ -200,7 +195,7 @@ def test_a_model_with_graph_breaks_and_several_sizes():
 @pytest.mark.parametrize("how", ["wrapped", "in place", "blocks", "block wrappers", "optimized and broken"])
 def test_a_model_that_is_compiled_already_is_watched_and_left_so(how):
     model = Broken().eval() if how == "optimized and broken" else tiny_dit()
-    plain = findings_of(model, calls(model, (5.0,)))
+    plain = collect(model, calls(model, (5.0,)))
     given = model
     if how == "wrapped":
         given = torch.compile(model, backend="eager")
@@ -215,7 +210,7 @@ def test_a_model_that_is_compiled_already_is_watched_and_left_so(how):
     run = calls(given, (5.0,))
     run()
     before = [dict(m.__dict__) for m in (given, *model.modules())]
-    found = findings_of(given, run)
+    found = collect(given, run)
     assert found.unseen == plain.unseen
     for path in ("blocks.0.up", "blocks.1.up"):
         assert torch.equal(found.group(path).whole().amax, plain.group(path).whole().amax)
@@ -235,6 +230,17 @@ def test_an_error_or_an_interruption_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         vq.calibrate(model, run)
     assert "_compiled_call_impl" not in model.__dict__
+
+
+def test_nothing_of_the_model_is_held_afterwards():
+    model = Broken().eval()
+    with pytest.warns(UserWarning, match="reached 3 linear layers"):
+        recipe = vq.calibrate(model, calls(model, (5.0,)), balance="off", rotation="off")
+    gone = weakref.ref(model.blocks[0].up.weight)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert recipe.sites
 
 
 def test_the_same_samples_give_the_same_recipe_and_the_seed_counts():

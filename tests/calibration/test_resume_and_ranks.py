@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import viditq_fx as vq
-from tests.calibration.test_calibrate import calls, findings_of, state
+from tests.calibration.test_calibrate import calls, state
 from tests.small_models import tiny_dit
+from viditq_fx.calibration.run import collect
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def same(a, b):
 
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
     model = tiny_dit(layers=1)
-    whole = findings_of(model, four(model))
+    whole = collect(model, four(model))
 
     def interrupt():
         calls(model, (900.0,))()
@@ -53,28 +54,28 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
 
     samples = four(model)
     with pytest.raises(KeyboardInterrupt):
-        findings_of(model, [*samples[:2], interrupt, samples[3]], resume=tmp_path)
+        collect(model, [*samples[:2], interrupt, samples[3]], resume=tmp_path)
     ran = []
     counted = [lambda i=i, sample=sample: (ran.append(i), sample()) for i, sample in enumerate(samples)]
-    resumed = findings_of(model, counted, resume=tmp_path)
+    resumed = collect(model, counted, resume=tmp_path)
     assert ran == [2, 3]
     assert same(statistics(whole), statistics(resumed))
     assert (whole.samples, whole.calls, whole.shapes) == (resumed.samples, resumed.calls, resumed.shapes)
 
-    again = findings_of(model, counted, resume=tmp_path)  # nothing is left to run
+    again = collect(model, counted, resume=tmp_path)  # nothing is left to run
     assert ran == [2, 3]
     assert same(statistics(whole), statistics(again))
 
 
 def test_a_folder_of_another_calibration_is_refused(tmp_path):
     model = tiny_dit(layers=1)
-    findings_of(model, four(model), resume=tmp_path)
+    collect(model, four(model), resume=tmp_path)
     with pytest.raises(vq.RecipeError, match=r"was begun with seed 0, now 1 is asked for"):
-        findings_of(model, four(model), resume=tmp_path, seed=1)
+        collect(model, four(model), resume=tmp_path, seed=1)
     with pytest.raises(vq.RecipeError, match="was begun with model"):
-        findings_of(tiny_dit(layers=1, seed=5), four(model), resume=tmp_path)
+        collect(tiny_dit(layers=1, seed=5), four(model), resume=tmp_path)
     with pytest.raises(vq.RecipeError, match="was begun with samples_given 4, now 1"):
-        findings_of(model, four(model)[:1], resume=tmp_path)
+        collect(model, four(model)[:1], resume=tmp_path)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     for damaged in (
@@ -85,9 +86,9 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path):
     ):
         file.write_bytes(damaged)
         with pytest.raises(vq.RecipeError, match="or damaged"):
-            findings_of(model, four(model), resume=tmp_path)
+            collect(model, four(model), resume=tmp_path)
     with pytest.raises(vq.RecipeError, match="resume="):
-        findings_of(model, four(model), resume=file)
+        collect(model, four(model), resume=file)
 
 
 RANK = """

@@ -88,6 +88,7 @@ def test_options_belong_to_the_compilation():
         vq.explain(compiled, torch.randn(40, 64), options={"scheme": "w8a7"})
 
 
+@pytest.mark.slow
 def test_a_report_of_a_model_that_wants_gradients_says_what_it_shows():
     """The user's own call outside no_grad runs plain Inductor: the report is not of that call, and says so."""
     model = tiny_dit(1).requires_grad_(True)

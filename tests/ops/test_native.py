@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,18 +188,46 @@ def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(monkeypatch, tmp_pat
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+TINY = 'extern "C" int answer() { return 42; }'
+"""A library that is built at once."""
+
+
 @needs_kernel
 def test_a_broken_file_in_the_cache_is_built_again(monkeypatch, tmp_path):
+    source = tmp_path / "tiny.cpp"
+    source.write_text(TINY)
     monkeypatch.setenv("VIDITQ_CACHE_DIR", str(tmp_path / "first"))
-    build.load_library(int8_gemm.SOURCE)
+    build.load_library(source)
     (built,) = (tmp_path / "first").glob("*.so")
-    for number, keep in enumerate((0, 600, 20000)):  # a library cut short kills the process that loads it
+    size = built.stat().st_size
+    for number, keep in enumerate((0, 600, size - 1)):  # a library cut short kills the process that loads it
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "first", folder)
         (folder / built.name).write_bytes(built.read_bytes()[:keep])
         monkeypatch.setenv("VIDITQ_CACHE_DIR", str(folder))
-        assert build.load_library(int8_gemm.SOURCE).viditq_multiply
-        assert (folder / built.name).stat().st_size == built.stat().st_size
+        assert build.load_library(source).answer() == 42
+        assert (folder / built.name).stat().st_size == size
+
+
+@needs_kernel
+def test_two_that_build_at_once_both_get_a_whole_library(monkeypatch, tmp_path):
+    """Every step of one stands beside the same step of the other: both compile, both put files in place."""
+    source, together, replace = tmp_path / "tiny.cpp", threading.Barrier(2, timeout=60), os.replace
+    source.write_text(TINY)
+    monkeypatch.setenv("VIDITQ_CACHE_DIR", str(tmp_path / "cache"))
+
+    def in_step(built, target):
+        together.wait()
+        replace(built, target)
+        together.wait()
+
+    monkeypatch.setattr(build.os, "replace", in_step)
+    with ThreadPoolExecutor(2) as pool:
+        loaded = [f.result() for f in [pool.submit(build.load_library, source) for _ in range(2)]]
+    assert [library.answer() for library in loaded] == [42, 42]
+    monkeypatch.setattr(build, "_compile", lambda *args: pytest.fail("what is in the cache is not whole"))
+    assert build.load_library(source).answer() == 42
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the library and its digest
 
 
 @needs_kernel

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from viditq_fx.calibration.groups import Group, group_sites
 from viditq_fx.calibration.ledger import Ledger
@@ -35,6 +36,8 @@ class Findings:
     """Linear layers that no call reached."""
     samples: int
     calls: int
+    first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """(args, kwargs) of the first call here: an example of one; None where this process made none after a resume."""
 
     def group(self, site: str) -> Group:
         """The group of a site. Raises KeyError where there is none."""
@@ -139,7 +142,10 @@ def _check(watch: Watch, ledger: Ledger, samples: int) -> None:
         )
     if not ledger.inputs:
         refused = "".join(f"\n  {fqn}: {reason}" for fqn, reason in watch.sightings.refused.items())
-        raise RecipeError(f"calibrate: none of the linears of this {name} is to be quantized{refused}")
+        raise RecipeError(
+            f"calibrate: none of the linears of this {name} is to be quantized; layers of quantize_ are integers "
+            f"already, so calibrate first{refused}"
+        )
     problem = ledger.problem()
     if problem is not None:
         raise RecipeError(f"calibrate: {problem}")
@@ -156,4 +162,5 @@ def _findings(watch: Watch, ledger: Ledger, samples: int) -> Findings:
         unseen=tuple(watch.unseen()),
         samples=samples,
         calls=ledger.calls,
+        first_call=watch.first_call,
     )

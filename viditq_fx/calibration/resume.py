@@ -17,11 +17,11 @@ from torch import nn
 
 from viditq_fx.calibration.ledger import Ledger
 from viditq_fx.calibration.ranks import ranks
-from viditq_fx.calibration.watch import Sightings
+from viditq_fx.calibration.sightings import Sightings
 from viditq_fx.errors import RecipeError
 from viditq_fx.whole_file import write_whole
 
-_FORMAT = "viditq_fx.calibration 1"
+_FORMAT = "viditq_fx.calibration 2"
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -89,6 +89,39 @@ def calibrate(
         close(drawn)
 
 
+def collect(
+    model: nn.Module,
+    run: Any,
+    *,
+    keep: str | Sequence[str] = (),
+    timestep: str | None = None,
+    max_buckets: int = 20,
+    branches: int = 1,
+    rows: int = 64,
+    seed: int = 0,
+    progress: bool | Progress = False,
+    resume: str | Path | None = None,
+) -> Findings:
+    """The statistics that `calibrate` decides from, for `analysis.analyse` or a search of one's own.
+
+    Arguments and errors are those of `calibrate`. The findings hold the model's weights, not copies.
+    """
+    counted = {
+        "timestep": timestep,
+        "max_buckets": max_buckets,
+        "branches": branches,
+        "rows": rows,
+        "seed": seed,
+    }
+    options = read_options("w8a8", keep, "off", "off", **counted)
+    drawn = progress_of(progress)
+    try:
+        with Watch(model, keep=options.keep, timestep=timestep) as watch:
+            return observe(watch, Samples(model, run), options, drawn, resume)
+    finally:
+        close(drawn)
+
+
 def _check_static(options: CalibrationOptions, watch: Watch, samples: Samples) -> None:
     """Tell before the samples run what a static scheme would lack afterwards."""
     if options.scheme.input_range == "timestep" and watch.argument.name is None:

@@ -52,6 +52,8 @@ class Sightings:
         """(N, K) of all, the kept ones too."""
         self.refused: dict[str, str] = {}
         """Path -> reason, of those that were planned and cannot be quantized."""
+        self.crossing: set[str] = set()
+        """Paths of linears that serve cross-attention alone."""
         self._weights: set[str] = set()
 
     def knows(self, weight: Tensor) -> bool:
@@ -66,13 +68,18 @@ class Sightings:
         """Path of the linear with this weight, which the graph calls `fqn`."""
         return self._owner(weight, fqn)[0]
 
-    def add(self, entry: SiteReport, weight: Tensor | None) -> None:
-        """Note one linear of a graph, and the tensor that it multiplies by; None where the graph computes that."""
+    def add(self, entry: SiteReport, weight: Tensor | None, *, crosses: bool = False) -> None:
+        """Note one linear of a graph, and the tensor that it multiplies by; None where the graph computes that.
+
+        crosses: it serves cross-attention and no other.
+        """
         path, name = (entry.fqn, None) if weight is None else self._owner(weight, entry.fqn)
         if entry.width and entry.depth:
             self.shapes.setdefault(path, set()).add((entry.width, entry.depth))
         if name is not None:
             self._weights.add(name)
+        if crosses:
+            self.crossing.add(path)
         if entry.planned is not None and entry.reason is not None:
             self.refused[path] = entry.reason
         elif entry.planned is not None and name is not None:
@@ -94,6 +101,7 @@ class Sightings:
             "shapes": {fqn: sorted(map(list, shapes)) for fqn, shapes in self.shapes.items()},
             "refused": self.refused,
             "weights": sorted(self._weights),
+            "crossing": sorted(self.crossing),
         }
 
     def absorb(self, other: Mapping[str, Any]) -> None:
@@ -104,6 +112,7 @@ class Sightings:
             self.shapes.setdefault(fqn, set()).update((int(n), int(k)) for n, k in shapes)
         self.refused |= other["refused"]
         self._weights |= set(other["weights"])
+        self.crossing |= set(other["crossing"])
 
     def _put(self, fqn: str, role: str, parameter: str) -> None:
         if parameter not in self._tensors:

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.errors import RecipeError
-
-NAMES = ("timestep", "timesteps", "t")
-"""Arguments that hold the timestep, the first that the model has."""
+from viditq_fx.timestep import TIMESTEP_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class TimestepArgument:
         known = signature.parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
         if name is None:
-            return cls(name=next((n for n in NAMES if n in known), None), signature=signature)
+            return cls(name=next((n for n in TIMESTEP_NAMES if n in known), None), signature=signature)
         if name not in known and not takes_any:
             raise RecipeError(
                 f"calibrate: timestep={name!r} is no argument of {type(model).__name__}.forward; "

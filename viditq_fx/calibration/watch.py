@@ -23,6 +23,7 @@ from viditq_fx.graph_edit import copy_graph_module
 from viditq_fx.ops.linear import without_autocast
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
+from viditq_fx.passes.cross_attention import cross_attention_linears
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import is_mutation, may_write
 from viditq_fx.passes.linearize_convolutions import LinearizeConvolutions
@@ -67,6 +68,8 @@ class Watch:
         self.argument = TimestepArgument.of(self.model, timestep)
         self.sightings = Sightings(self.model)
         self.calls = 0
+        self.first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        """Arguments of the first call."""
         self.sink: Sink | None = None
         self.on_call: Callable[[], None] = lambda: None
         self._backend = _Backend(keep, self.sightings, self._see)
@@ -81,7 +84,7 @@ class Watch:
     def __enter__(self) -> Watch:
         with ExitStack() as stack:
             stack.callback(self._backend.forget)
-            _quiet_own_compilation(stack, [self._wrapper, *self.model.modules()])
+            quiet_own_compilation(stack, [self._wrapper, *self.model.modules()])
             self._intercept(stack)
             stack.enter_context(torch._dynamo.config.patch(dict(_LIMITS)))
             stack.enter_context(torch.no_grad())
@@ -113,6 +116,7 @@ class Watch:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         assert self.sink is not None
         self.calls += 1
+        self.first_call = self.first_call or (args, kwargs)
         self.sink.begin_call(self.argument.read(args, kwargs))
         with ExitStack() as stack:
             # After a graph break the model is called by name once more: by then it is itself again.
@@ -128,7 +132,7 @@ class Watch:
             self.sink.see(key, x)
 
 
-def _quiet_own_compilation(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
+def quiet_own_compilation(stack: ExitStack, modules: Iterable[nn.Module]) -> None:
     """Let blocks that were compiled apart run as part of the whole model: their own backend would hide them."""
     for module in modules:
         if module.__dict__.get("_compiled_call_impl") is not None:
@@ -177,17 +181,18 @@ class _Observe(nn.Module):
 class _Register(nn.Module):
     """A node that notes which linears a graph has, kept ones too, for the weights of this call."""
 
-    def __init__(self, backend: _Backend, entries: list[SiteReport]) -> None:
+    def __init__(self, backend: _Backend, entries: list[SiteReport], crossing: list[SiteReport]) -> None:
         super().__init__()
         self._backend, self._entries = backend, entries
+        self._crosses = [any(entry is one for one in crossing) for entry in entries]
         self._known: set[tuple[int, ...]] = set()
 
     def forward(self, *weights: Tensor) -> None:
         identity = tuple(map(id, weights))
         if identity not in self._known:
             self._known.add(identity)
-            for entry, weight in zip(self._entries, weights, strict=True):
-                self._backend.sightings.add(entry, weight)
+            for entry, weight, crosses in zip(self._entries, weights, self._crosses, strict=True):
+                self._backend.sightings.add(entry, weight, crosses=crosses)
 
 
 class _Backend:
@@ -225,8 +230,10 @@ class _Backend:
                 self.sightings.add(entry, None)
             elif not self.sightings.knows(_value(parameter, gm, positions, example_inputs)):
                 entry.reason = entry.reason or "its weight is no parameter of the model"
+        found = cross_attention_linears(watched.graph)
+        crossing = [ctx.sites[node.name] for node in found if node.name in ctx.sites]
         LinearizeConvolutions().run(watched, ctx)
-        self._insert_observers(watched, ctx)
+        self._insert_observers(watched, ctx, crossing)
         watched.recompile()
         index = len(self._graphs)
         self._graphs.append(watched)
@@ -238,10 +245,10 @@ class _Backend:
         self._graphs, self._sightings = [], None
         self.see = _nobody
 
-    def _insert_observers(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+    def _insert_observers(self, gm: fx.GraphModule, ctx: PassContext, crossing: list[SiteReport]) -> None:
         found = [(_parameter_of(n), ctx.sites[n.name]) for n in gm.graph.nodes if n.name in ctx.sites]
         known = [(parameter, entry) for parameter, entry in found if parameter is not None]
-        gm.add_submodule("viditq_register", _Register(self, [entry for _, entry in known]))
+        gm.add_submodule("viditq_register", _Register(self, [entry for _, entry in known], crossing))
         with gm.graph.inserting_before(gm.graph.output_node()):
             gm.graph.call_module("viditq_register", tuple(parameter for parameter, _ in known))
         for number, linears in enumerate(shared_inputs(gm.graph, ctx)):

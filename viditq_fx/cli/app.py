@@ -117,7 +117,7 @@ def explain(
         str,
         typer.Argument(
             help="'digits' (the demo's model), or package.module:function that returns (model, args, kwargs) "
-            "or (model, kwargs)."
+            "or (model, kwargs); with --errors also (model, run) as calibrate takes it."
         ),
     ],
     scheme: Annotated[
@@ -135,6 +135,10 @@ def explain(
     ] = None,
     attention: Annotated[
         str | None, typer.Option(help="auto, int8 or keep: what becomes of attention.  [default: auto]")
+    ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(help="auto or always: whether bf16 stays where it is faster on a GPU.  [default: auto]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     out: Annotated[
@@ -155,6 +159,24 @@ def explain(
     after: Annotated[
         str | None, typer.Option(help="Pass after which to draw it, or 'captured'.  [default: the last]")
     ] = None,
+    errors: Annotated[
+        bool,
+        typer.Option(
+            "--errors", help="Run samples in full precision first: where errors come from, by site."
+        ),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="For 'digits' with --errors: how often ten digits are drawn.  [default: 1]"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=f"For 'digits' with --errors: sampling steps.  [default: {DEFAULT_STEPS}]"),
+    ] = None,
+    branches: Annotated[
+        int | None,
+        typer.Option(help="With --errors: 2 keeps the halves of the batch apart.  [default: 1]"),
+    ] = None,
 ) -> None:
     """Run a model once, quantized, and show what was done at every linear and why."""
     with user_errors():
@@ -162,7 +184,8 @@ def explain(
         from viditq_fx.inspection.files import check_writable, write_text
         from viditq_fx.options import split_options
 
-        given = {"scheme": scheme, "keep": keep, "weights": weights, "attention": attention}
+        given = {"scheme": scheme, "keep": keep, "weights": weights}
+        given |= {"attention": attention, "selection": selection}
         options = {name: value for name, value in given.items() if value}
         # What is wrong is told now, before the imports, the model and the compiler.
         split_options(options)
@@ -171,7 +194,16 @@ def explain(
             check_writable(path)
         if (block or after) and svg is None and dot is None:
             raise ViditqError("--block and --after choose what --svg and --dot draw: give one of these too")
-        report = _explain(target, options, graphs=any(path is not None for path in (html, svg, dot)))
+        asked = {"samples": samples, "steps": steps, "branches": branches}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if asked and not errors:
+            raise ViditqError(f"--{next(iter(asked))} is about the samples of --errors: give that too")
+        report = _explain(
+            target,
+            options,
+            graphs=any(path is not None for path in (html, svg, dot)),
+            sampling=asked if errors else None,
+        )
         if svg is not None:
             report.to_svg(svg, block=block, after=after)
         if dot is not None:
@@ -189,18 +221,31 @@ def explain(
             _print_answers(report)
 
 
-def _explain(target: str, options: dict[str, Any], *, graphs: bool) -> ExplainReport:
-    from viditq_fx.cli.target import load_target
-
+def _explain(
+    target: str, options: dict[str, Any], *, graphs: bool, sampling: dict[str, int] | None
+) -> ExplainReport:
+    """`sampling`: what of --samples, --steps and --branches was given with --errors; None without that."""
     _quiet_libraries()
-    console = Console(stderr=True)
-    with console.status(f"loading {target} ..."):
-        loaded = load_target(target)
+    console, findings = Console(stderr=True), None
+    if sampling is None:
+        from viditq_fx.cli.target import load_target
+
+        with console.status(f"loading {target} ..."):
+            loaded = load_target(target)
+    else:
+        from viditq_fx.cli.explain import load_and_collect
+
+        loaded, findings = load_and_collect(target, console, keep=options.get("keep") or (), **sampling)
     with console.status("compiling and running it once ..."):
         from viditq_fx.inspection import explain as explain_model
 
         return explain_model(
-            loaded.model, *loaded.args, options=options or None, graphs=graphs, **loaded.kwargs
+            loaded.model,
+            *loaded.args,
+            options=options or None,
+            graphs=graphs,
+            errors=findings,
+            **loaded.kwargs,
         )
 
 
@@ -217,9 +262,10 @@ def _print_explanation(report: ExplainReport) -> None:
 
 def _print_answers(report: ExplainReport) -> None:
     from viditq_fx.inspection.answers import lines
+    from viditq_fx.inspection.render import error_lines
 
     console = Console()
-    for line in lines(report):
+    for line in (*lines(report), *error_lines(report)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -22,12 +22,13 @@ def explain_table(report: ExplainReport) -> Table:
     """One row a site: what was planned and done, by which kernel, or why not."""
     from viditq_fx.inspection.answers import count_of
     from viditq_fx.inspection.breakdown import everything
-    from viditq_fx.inspection.render import shape_of, why
+    from viditq_fx.inspection.render import EXPECTED, expected, has_expected, shape_of, why
 
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("site", overflow="fold", ratio=5)
-    for title in ("role", "M×K×N", "planned", "done", "kernel", "FLOPs", "MB before", "MB now"):
-        numeric = title.startswith("MB") or title == "FLOPs"
+    times = [EXPECTED] if has_expected(report) else []
+    for title in ("role", "M×K×N", "planned", "done", "kernel", "FLOPs", *times, "MB before", "MB now"):
+        numeric = title.startswith("MB") or title in ("FLOPs", EXPECTED)
         table.add_column(title, justify="right" if numeric else "left", no_wrap=True)
     table.add_column("why", overflow="fold", ratio=4)
     for site in everything(report):
@@ -40,6 +41,7 @@ def explain_table(report: ExplainReport) -> Table:
             Text(site.done or site.outcome, style=_OUTCOME_STYLES[site.outcome]),
             site.kernel or "",
             count_of(site.flops),
+            *([expected(site)] if times else []),
             before,
             now,
             Text(why(site)),
@@ -55,12 +57,14 @@ def _megabytes(site: ExplainedSite) -> tuple[str, str]:
 
 
 def total_tables(report: ExplainReport) -> list[Table]:
-    """Totals by role, by kernel and by pass."""
-    from viditq_fx.inspection.render import tables
+    """Totals by role, by kernel and by pass; the sites of the largest errors, if they were measured."""
+    from viditq_fx.inspection.render import tables, worst_tables
 
-    made = []
-    for source in tables(report):
+    made, worst = [], worst_tables(report)
+    for source in (*tables(report), *worst):
         table = Table(box=SIMPLE, pad_edge=False)
+        if source in worst:
+            table.title, table.title_justify = source.title, "left"
         for index, column in enumerate(source.columns):
             right = column in source.numeric
             table.add_column(

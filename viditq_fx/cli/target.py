@@ -1,4 +1,4 @@
-"""What `explain` and `calibrate` look at: the demo's model, or a function of the user's that makes a model and calls."""
+"""What `explain` and `calibrate` look at: the demo's model, or a function of the user's that makes model and calls."""
 
 from __future__ import annotations
 
@@ -66,10 +66,30 @@ def load_sampling(text: str, samples: int, steps: int, seed: int) -> Sampling:
     if text == DEMO_TARGET:
         return _digits_sampling(samples, steps, seed)
     made = _function(text)()
-    if isinstance(made, tuple) and len(made) == 2 and (callable(made[1]) or isinstance(made[1], list)):
+    if _is_sampling(made):
         return Sampling(model=made[0], run=made[1])
     target = _checked(text, made)
     return Sampling(model=target.model, run=[(target.args, target.kwargs)])
+
+
+def load_both(text: str, samples: int, steps: int, seed: int) -> tuple[Sampling, Target | None]:
+    """What `viditq explain --errors` runs: samples, and an example call of the same model.
+
+    The call is None where the function returned (model, run): then the first one of a sample is the example. Raises
+    TargetError.
+    """
+    if text == DEMO_TARGET:
+        sampling = _digits_sampling(samples, steps, seed)
+        return sampling, _digits(sampling.model)
+    made = _function(text)()
+    if _is_sampling(made):
+        return Sampling(model=made[0], run=made[1]), None
+    target = _checked(text, made)
+    return Sampling(model=target.model, run=[(target.args, target.kwargs)]), target
+
+
+def _is_sampling(made: Any) -> bool:
+    return isinstance(made, tuple) and len(made) == 2 and (callable(made[1]) or isinstance(made[1], list))
 
 
 def _digits_sampling(samples: int, steps: int, seed: int) -> Sampling:
@@ -120,7 +140,8 @@ def _brief(value: Any) -> str:
     return f"{type(value).__name__}{length}"
 
 
-def _digits() -> Target:
+def _digits(model: Any = None) -> Target:
+    """One call of the demo's model: of `model`, if it is loaded already."""
     import torch
 
     from viditq_fx.demo.model import load_digits_dit
@@ -132,4 +153,4 @@ def _digits() -> Target:
         "class_labels": balanced_labels(rows),
         "return_dict": False,
     }
-    return Target(model=load_digits_dit(), args=(initial_noise(rows, seed=0),), kwargs=kwargs)
+    return Target(model=model or load_digits_dit(), args=(initial_noise(rows, seed=0),), kwargs=kwargs)

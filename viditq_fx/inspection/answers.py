@@ -106,6 +106,12 @@ def _saves(report: ExplainReport) -> list[str]:
             f"({percent(row.flops_quantized, row.flops)}). How much faster that is depends on the machine; no speed is "
             "measured here."
         )
+    times = report.expected_times()
+    if times is not None:
+        sentences.append(
+            f"Expected time of the linears of a call: {times['us'] / 1e3:.3g} ms instead of "
+            f"{times['full_us'] / 1e3:.3g} ms, an estimate from written-down rates, made before compiling."
+        )
     return sentences
 
 

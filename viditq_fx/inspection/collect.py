@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.backend import read_options
+from viditq_fx.calibration.findings import Findings
 from viditq_fx.errors import ViditqError
+from viditq_fx.inspection.errors import ErrorReport, error_report, plain_numbers
 from viditq_fx.inspection.files import check_writable, write_text
 from viditq_fx.inspection.retrace import options_of
 from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, trace
+from viditq_fx.inspection.steps import StepHistory, step_histories
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
 from viditq_fx.options import split_options
 from viditq_fx.passes.work import ATTENTION
@@ -34,7 +37,7 @@ class ExplainedSite(SiteReport):
     """A site under its full module path, merged over the graphs and calls that ran it."""
 
     calls: int = 1
-    """Times that it ran during the one call of the model; `flops` is their sum."""
+    """Times that it ran during the one call of the model; `flops` and the expected times are their sums."""
     resident_full: int = 0
     """Bytes of the full-precision weight in memory now."""
     resident_packed: int = 0
@@ -65,6 +68,10 @@ class ExplainReport:
     """Linears of the model that no compiled graph runs: dead for this input, or run eagerly."""
     snapshots: list[Snapshot] = field(default_factory=list)
     """The graphs before and after each pass, under `explain(..., graphs=True)`."""
+    errors: ErrorReport | None = None
+    """Where quantization errors come from, under `explain(..., errors=findings)`."""
+    steps: list[StepHistory] = field(default_factory=list)
+    """What each step before this call ran at, where the model switches its bits."""
     model_bytes: int = 0
     """Bytes of memory of the model's parameters and buffers and of all packed weights now."""
     model_bytes_before: int = 0
@@ -90,21 +97,35 @@ class ExplainReport:
             "model_bytes": self.model_bytes,
         }
 
+    def expected_times(self) -> dict[str, float] | None:
+        """Microseconds that all linears should take, "us" as they run and "full_us" in full precision.
+
+        An estimate made before compiling (see cost_model); None where one of them is not known.
+        """
+        full = [site.expected_full_us for site in self.sites]
+        run = [s.expected_us if s.outcome == "quantized" else s.expected_full_us for s in self.sites]
+        if not full or None in full or None in run:
+            return None
+        return {"us": sum(us for us in run if us), "full_us": sum(us for us in full if us)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, ready for JSON: what was found, its breakdown by role, kernel and pass.
 
-        Graphs, if the report has them, stand under "blocks", those that are alike once.
+        Graphs, if the report has them, stand under "blocks", those that are alike once. Of what stands under "errors"
+        and "steps", numbers that are not finite are the strings "inf" and "nan": JSON has no others.
         """
         from viditq_fx.inspection.blocks import find_blocks
         from viditq_fx.inspection.breakdown import breakdown
 
         data = asdict(replace(self, snapshots=[]))
         del data["snapshots"]
+        data["errors"] = plain_numbers(data["errors"])
+        data["steps"] = [plain_numbers(history.to_dict()) for history in self.steps]
         data["blocks"] = [block.to_dict() for block in find_blocks(self.snapshots)]
         for key, sites in (("sites", self.sites), ("attention", self.attention)):
             for entry, site in zip(data[key], sites, strict=True):
                 entry["outcome"] = site.outcome
-        return {**data, "totals": self.totals(), **breakdown(self)}
+        return {**data, "totals": self.totals(), "expected": self.expected_times(), **breakdown(self)}
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON text."""
@@ -166,7 +187,12 @@ class ExplainReport:
 
 
 def explain(
-    model: Any, *args: Any, options: Mapping[str, Any] | None = None, graphs: bool = False, **kwargs: Any
+    model: Any,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    graphs: bool = False,
+    errors: Findings | None = None,
+    **kwargs: Any,
 ) -> ExplainReport:
     """Run `model` once on `args` and `kwargs` and report every site of every viditq graph that ran.
 
@@ -174,12 +200,18 @@ def explain(
     module, which is then compiled with `options`. What is reported is what ran: the graphs tell.
     With `graphs=True` the plain model runs once more, eagerly, to show every graph before and after
     each pass; without, no graph is kept.
+    `errors`, the findings of `vq.collect` on this model, adds where quantization errors come from at every site
+    (ViDiT-Q section 3.2) and what 4 bits do to its weight. Where the model switches its bits (DVD-Quant section 3.4)
+    the report has the steps that it ran before.
     Raises OptionError for a wrong option, ViditqError when no viditq graph ran or `options`
     is given for a compiled model, or graphs are asked for and its weights are released, or its
-    blocks were compiled with different passes.
+    blocks were compiled with different passes, or `errors` are no findings or another model's.
     """
     read_options(options)  # a wrong option is an error of ours, not one wrapped by torch.compile
     compiled, plain = model, getattr(model, "_orig_mod", model)
+    # Before anything is compiled: that may release the weights, and this call is no step of a sampler's.
+    measured = None if errors is None else error_report(errors, plain)
+    steps = step_histories(plain)
     if graphs:
         check_traceable(plain)
     traced = None
@@ -199,15 +231,8 @@ def explain(
             "check that torch.compile is not disabled"
         )
     report = _gather(model, ran)
-    if (
-        torch.is_grad_enabled()
-        and isinstance(plain, nn.Module)
-        and any(p.requires_grad for p in plain.parameters())
-    ):
-        report.notes.append(
-            "This report is of a call under torch.no_grad(); where gradients are enabled, this model (its parameters "
-            "require them) is left to plain Inductor and nothing is quantized."
-        )
+    report.errors, report.steps = measured, steps
+    report.notes += _notes_of_call(plain, measured)
     if graphs:
         traced = traced or trace(plain, args, kwargs, options_of(ran, report))
         report.snapshots = traced.snapshots(
@@ -219,6 +244,28 @@ def explain(
             }
         )
     return report
+
+
+def _notes_of_call(plain: Any, measured: ErrorReport | None) -> list[str]:
+    notes = []
+    if (
+        torch.is_grad_enabled()
+        and isinstance(plain, nn.Module)
+        and any(p.requires_grad for p in plain.parameters())
+    ):
+        notes.append(
+            "This report is of a call under torch.no_grad(); where gradients are enabled, this model (its parameters "
+            "require them) is left to plain Inductor and nothing is quantized."
+        )
+    missing = (
+        [entry.site for entry in measured.sites if measured.weight(entry.site) is None] if measured else []
+    )
+    if missing:
+        notes.append(
+            f"The weights of {len(missing)} sites, e.g. {missing[0]}, are released: what 4 bits do to them is not "
+            "shown. It is where explain(..., errors=...) comes before they are."
+        )
+    return notes
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -271,6 +318,9 @@ def _merge(sites: Sequence[ExplainedSite]) -> list[ExplainedSite]:
             continue
         merged[key].calls += 1
         merged[key].flops += site.flops
+        for name in ("expected_us", "expected_full_us"):
+            one, more = getattr(merged[key], name), getattr(site, name)
+            setattr(merged[key], name, None if one is None or more is None else one + more)
         merged[key].flops_hinted |= site.flops_hinted
     return list(merged.values())
 

@@ -13,8 +13,9 @@ from viditq_fx.inspection.blocks import Block, choose_block, find_blocks, relati
 from viditq_fx.inspection.breakdown import ROOT, block_of, by_role, everything, total
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
 from viditq_fx.inspection.drawing import to_svg
+from viditq_fx.inspection.error_page import error_section, step_sections
 from viditq_fx.inspection.flow_graph import flow_graph
-from viditq_fx.inspection.render import shape_of, tables, why
+from viditq_fx.inspection.render import EXPECTED, expected, has_expected, shape_of, tables, why
 from viditq_fx.inspection.vocabulary import OUTCOMES, ops_in_words, scheme_in_words
 
 _MOST_BOXES = 260
@@ -32,6 +33,7 @@ class Row:
     shape: str
     kernel: str
     flops: str
+    expected: str
     weight: str
     reason: str
 
@@ -80,10 +82,13 @@ def render_page(report: ExplainReport) -> str:
         role_table=tables(report)[0],
         tables=tables(report)[1:],
         groups=_groups(report),
+        expected=EXPECTED if has_expected(report) else "",
         count=len(sites),
         roles=list(dict.fromkeys(site.role for site in sites)),
         outcomes={o: words for o, words in OUTCOMES.items() if any(site.outcome == o for site in sites)},
         graphs=_graphs(report),
+        errors=error_section(report),
+        steps=step_sections(report),
     )
 
 
@@ -168,6 +173,7 @@ def _row(site: ExplainedSite) -> Row:
         shape=shape_of(site).replace("x", " × "),
         kernel=site.kernel or "",
         flops=count_of(site.flops),
+        expected=expected(site),
         weight=f"{size(site.bytes_full)} → {size(site.resident_packed)}" if site.resident_packed else "",
         reason=why(site),
     )

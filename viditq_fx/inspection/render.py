@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from viditq_fx.calibration.analysis import EVEN
 from viditq_fx.inspection.answers import count_of, lines, named, percent, size
 from viditq_fx.inspection.breakdown import (
     RoleRow,
@@ -16,6 +17,7 @@ from viditq_fx.inspection.breakdown import (
     total,
 )
 from viditq_fx.inspection.collect import ExplainedSite, ExplainReport
+from viditq_fx.inspection.errors import advice_in_words, ratio, share
 from viditq_fx.inspection.vocabulary import role_in_words
 
 
@@ -39,16 +41,80 @@ def tables(report: ExplainReport) -> tuple[Table, ...]:
 
 
 def site_table(report: ExplainReport) -> Table:
-    """One row for each site and attention call."""
-    columns = ("site", "role", "MxKxN", "outcome", "kernel", "FLOPs", "weight", "why")
+    """One row for each site and attention call; the expected times where any is known."""
+    columns = ("site", "role", "MxKxN", "outcome", "kernel", "FLOPs", EXPECTED, "weight", "why")
     rows = tuple(_site_row(site) for site in everything(report))
-    return Table(title="sites", columns=columns, numeric=("FLOPs",), rows=rows)
+    if not has_expected(report):
+        at = columns.index(EXPECTED)
+        columns, rows = columns[:at] + columns[at + 1 :], tuple(row[:at] + row[at + 1 :] for row in rows)
+    return Table(title="sites", columns=columns, numeric=("FLOPs", EXPECTED), rows=rows)
+
+
+EXPECTED = "us (in full)"
+"""Title of the column of expected times."""
+
+
+def has_expected(report: ExplainReport) -> bool:
+    """Whether the cost model knows the time of any site: not on CPUs."""
+    return any(site.expected_full_us is not None for site in report.sites)
+
+
+def expected(site: ExplainedSite) -> str:
+    """Microseconds that a site should take as planned, then in full precision; "" where they are not known."""
+    full = "" if site.expected_full_us is None else f"({site.expected_full_us:.1f})"
+    return full if site.expected_us is None else f"{site.expected_us:.1f} {full}"
 
 
 def render_text(report: ExplainReport) -> str:
     """Every site, the totals and the answers, for a terminal or a log."""
     parts = [_text(table) for table in (site_table(report), *tables(report))]
-    return "\n\n".join([*parts, "\n".join(lines(report))])
+    parts += [f"{table.title}\n{_text(table)}" for table in worst_tables(report)]
+    return "\n\n".join([*parts, "\n".join([*lines(report), *error_lines(report)])])
+
+
+WORST = 10
+"""How many inputs the text shows of those that errors were measured on."""
+
+
+def worst_tables(report: ExplainReport) -> tuple[Table, ...]:
+    """The most incoherent inputs with what 4 bits do to their weights, if errors were measured."""
+    if report.errors is None:
+        return ()
+    inputs = report.errors.inputs
+    rows = []
+    for entry in inputs[:WORST]:
+        weight = report.errors.weight(entry.site)
+        plain, rotated = ("", "")
+        if weight is not None:
+            plain = f"{share(weight.minmax)} -> {share(weight.bgr)}"
+            rotated = f"{share(weight.rotated_minmax)} -> {share(weight.rotated_bgr)}"
+        others = f" (+{len(entry.group) - 1})" if len(entry.group) > 1 else ""
+        values = (entry.token, entry.condition, entry.timestep, entry.channel, entry.drift, entry.incoherence)
+        rows.append((entry.site + others, *map(ratio, values), plain, rotated, entry.recommendation))
+    columns = ("site", *SOURCES, "4-bit weight, BGR", "rotated, BGR", "what it asks for")
+    title = f"errors: the {len(rows)} most incoherent of {len(inputs)} inputs"
+    return (Table(title=title, columns=columns, numeric=columns[1:-1], rows=tuple(rows), note=SOURCES_NOTE),)
+
+
+SOURCES = ("token", "condition", "timestep", "channel", "drift", "incoherence")
+"""Titles of the columns of `SiteErrors`."""
+SOURCES_NOTE = (
+    "Of the largest magnitudes that a site reads: token: the largest row's over the median row's; condition: between "
+    "the branches of guidance; timestep: between the ranges of the timestep; channel: the largest channel's over the "
+    "mean one's; drift: how far the profile of the channels moves, 0 to 1; incoherence: max|X| √count / ‖X‖. "
+    "Weights: relative squared error at 4 bits, a grid for each row by its minimum and maximum, then "
+    "refined by BGR; and both after a rotation."
+)
+
+
+def error_lines(report: ExplainReport) -> list[str]:
+    """What the sites ask for, and the bits of steps, as sentences."""
+    lines = []
+    if report.errors is not None:
+        count = len(report.errors.sites)
+        for advice, sites in advice_in_words(report.errors.sites):
+            lines.append(f"Errors: {len(sites)} of {count} sites: {advice or EVEN}. Where: {named(sites)}.")
+    return [*lines, *(f"Steps: {history}." for history in report.steps)]
 
 
 def _text(table: Table) -> str:
@@ -71,6 +137,7 @@ def _site_row(site: ExplainedSite) -> tuple[str, ...]:
         f"{site.outcome} {site.done}" if site.done else site.outcome,
         site.kernel or "",
         count_of(site.flops),
+        expected(site),
         weight,
         why(site),
     )

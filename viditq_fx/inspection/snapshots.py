@@ -19,10 +19,9 @@ from viditq_fx.graph_edit import copy_graph_module, example
 from viditq_fx.ops.packed_weights import is_released
 from viditq_fx.options import CompileOptions
 from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node
-from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import is_parameter, source_name
 from viditq_fx.passes.effects import op_name
-from viditq_fx.passes.pipeline import build_pipeline
+from viditq_fx.passes.pipeline import build_pipeline, context_of
 from viditq_fx.passes.place_weights import SLOT_KEY
 from viditq_fx.passes.roles import ATTENTION_NAMES
 from viditq_fx.passes.work import ATTENTION
@@ -167,9 +166,7 @@ class _Recorder:
 
     def run(self, gm: fx.GraphModule, options: CompileOptions) -> None:
         report = CompileReport(scheme=str(options.scheme), device="")
-        ctx = PassContext(
-            scheme=options.scheme, keep=options.keep, attention=options.attention, report=report
-        )
+        ctx = context_of(options, report)
         self._copy(CAPTURED, gm, ())
 
         def observe(name: str, left: fx.GraphModule) -> None:

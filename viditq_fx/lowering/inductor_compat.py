@@ -333,13 +333,14 @@ def cache_fingerprint(inner: Any = None, foreign: tuple[str, ...] | None = ()) -
 
 @functools.lru_cache(maxsize=1)
 def source_digest() -> str:
-    """SHA-256 over every Python file of this package, and the vector instructions that torch uses here.
+    """SHA-256 over every Python file and tuned kernel of this package, and the vector instructions that torch uses.
 
     Inductor's own key has no such thing, and its C++ for 512-bit vectors computes wrong numbers when it is compiled
     for 256-bit ones (a cache that two machines share, ATEN_CPU_CAPABILITY).
     """
     digest = hashlib.sha256(torch.backends.cpu.get_cpu_capability().encode())
-    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted([*package.rglob("*.py"), *package.glob("lowering/tuned/*.json")]):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,14 +2,15 @@
 
 Templates from outside are asked before ours.
 
-One config is chosen by an estimate of waves x tile work, which needs no device and no benchmark.
-When the user asks Inductor to autotune and a device is there, all configs and cuBLAS are timed: but not those that
-split K, whose result has another shape. Where the estimate prefers one of those it is taken.
+One config is chosen by an estimate of waves x tile work, which needs no device and no benchmark, unless a file
+says which was fastest (tuned_configs.py). When the user asks Inductor to autotune and a device is there, all configs
+and cuBLAS are timed, and the winner is kept in such a file: but not those that split K, whose result has another
+shape. Where the estimate prefers one of those it is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,9 @@ from viditq_fx.lowering.extern_linear import (
     why_no_scaled_mm,
 )
 from viditq_fx.lowering.kernel_log import KernelRecord, record
+from viditq_fx.lowering.template_text import partial_sums_source, template_source
 from viditq_fx.lowering.templates import outside_templates
+from viditq_fx.lowering.tuned_configs import known_kernel, remember
 from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
@@ -43,6 +46,7 @@ from viditq_fx.triton_templates.base import (
     GemmConfig,
     KernelTemplate,
     LinearProblem,
+    generic_configs,
 )
 
 EXTERN = "extern:int_mm"
@@ -126,50 +130,92 @@ def lower_linear(
     if inductor.static_int(inductor.product(size[:-1])) == 0:
         _record(overload, "none", "the input has no rows")
         return inductor.zero_tensor(size, out_dtype, device)
-    layout = inductor.output_layout(x_q, size, out_dtype)
     inputs = [inductor.contiguous(t) for t in (x_q, x_scale, w_q, w_scale, bias) if t is not None]
-    templates = (*outside_templates(overload), *route.templates)
+    outside = outside_templates(overload)
+    templates = (*outside, *route.templates)
     problem = _problem(device, size, inputs, templates, out_dtype, *depth)
-    tuned = inductor.wants_autotuning()
-    configs, declined = _configs(templates, route.templates, problem, tuned)
-    for label, (template, config) in configs.items():
-        if template.partial_sums:  # it comes alone
-            _record(overload, label, "; ".join(["estimated best tile", *declined]))
-            return _split(template, config, inputs, size, out_dtype)
-    named = {
-        label: _choice(template, config, inputs, layout, size, bias is not None, _processors(device), *depth)
-        for label, (template, config) in configs.items()
-    }
-    fits = route.extern_fits(problem, None if bias is None else bias.get_dtype())
-    if route.extern is not None and fits and (tuned or not named):
-        named[route.extern_name] = inductor.extern_choice(route.extern, inputs, layout, out_dtype=out_dtype)
-    if not configs:
-        _record(overload, route.extern_name if named else route.reference, "; ".join(declined))
-        if named:
-            return named[route.extern_name].output_node()
+    configs, declined = _configs(templates, route.templates, problem)
+    fits = route.extern is not None and route.extern_fits(problem, None if bias is None else bias.get_dtype())
+    externs = (route.extern_name,) if fits else ()
+    if not configs and not externs:
+        _record(overload, route.reference, "; ".join(declined))
         return inductor.call_eager(overload, x_q, x_scale, w_q, w_scale, bias, out_dtype, *depth)
-    result, winner = inductor.select(_op_name(overload), list(named.values()), inputs, layout)
-    kernel = next((label for label, choice in named.items() if choice is winner), "autotuned")
-    why = f"fastest of {len(named)} timed" if tuned else "estimated best tile"
+    labels, why = _shortlist(overload, device, problem, configs, externs, files=not outside)
+    result, kernel = _computed(overload, route, labels, configs, inputs, size, out_dtype, device, *depth)
+    if len(labels) > 1 and kernel in labels and not outside and not isinstance(problem, str):
+        remember(_op_name(overload), problem, torch.cuda.get_device_name(device), kernel)
     mine = kernel in configs and any(configs[kernel][0] is template for template in route.templates)
     note = [route.note] if route.note and mine else []
-    _record(overload, kernel, "; ".join([why, *note, *declined]))
+    _record(overload, kernel, "; ".join([*why, *note, *declined]))
     return result
+
+
+def _computed(
+    overload: Any,
+    route: Route,
+    labels: Sequence[str],
+    configs: Mapping[str, tuple[KernelTemplate, GemmConfig]],
+    inputs: list[Any],
+    size: list[Any],
+    out_dtype: torch.dtype,
+    device: torch.device,
+    *depth: Any,
+) -> tuple[Any, str]:
+    """(the linear by the kernel of this label, or by the fastest of several; that one's label)."""
+    if labels[0] in configs and configs[labels[0]][0].partial_sums:  # it comes alone
+        return _split(*configs[labels[0]], inputs, size, out_dtype), labels[0]
+    layout = inductor.output_layout(inputs[0], size, out_dtype)
+    processors = _processors(device)
+    named = {
+        label: _choice(*configs[label], inputs, layout, size, len(inputs) == 5, processors, *depth)
+        if label in configs
+        else inductor.extern_choice(route.extern, inputs, layout, out_dtype=out_dtype)  # type: ignore[arg-type]
+        for label in labels
+    }
+    result, winner = inductor.select(_op_name(overload), list(named.values()), inputs, layout)
+    return result, next((label for label, choice in named.items() if choice is winner), "autotuned")
+
+
+def _shortlist(
+    overload: Any,
+    device: torch.device,
+    problem: LinearProblem | str,
+    configs: Mapping[str, tuple[KernelTemplate, GemmConfig]],
+    externs: tuple[str, ...],
+    *,
+    files: bool,
+) -> tuple[tuple[str, ...], list[str]]:
+    """(what is built, and timed if it is several; why). `configs` are of all templates, best estimate first.
+
+    What splits K comes alone: where the estimate prefers it, timing or not, or where it was measured.
+    `files`: whether what was measured before counts. It does not where templates from outside take part, which
+    it may never have met.
+    """
+    if isinstance(problem, str) or not configs:
+        return externs, []
+    generic = [note] if (note := generic_configs(problem.capability)) else []
+    timing, op, best = inductor.wants_autotuning(), _op_name(overload), next(iter(configs))
+    if files:
+        allowed, name = (*configs, *externs), torch.cuda.get_device_name(device)
+        known = known_kernel(op, problem, name, allowed, timing=timing)
+        if known is not None:
+            return (known.kernel,), [known.source, *generic]
+    if timing and not configs[best][0].partial_sums:
+        whole = [label for label, (template, _) in configs.items() if not template.partial_sums]
+        return (*whole, *externs), [f"fastest of {len(whole) + len(externs)} timed", *generic]
+    return (best,), ["estimated best tile", *generic]
 
 
 def _configs(
     templates: Sequence[KernelTemplate],
     ours: Sequence[KernelTemplate],
     problem: LinearProblem | str,
-    tuned: bool,
 ) -> tuple[dict[str, tuple[KernelTemplate, GemmConfig]], list[str]]:
-    """(what may be chosen by its label, why others declined).
+    """(all that may be chosen by its label, best estimate first; why others declined).
 
-    The best by estimate, or all that fit where they are timed. The best is the first of the first template from
-    outside that accepts, else that of ours with the least cost; alone where it splits K, and timed are the others.
+    Templates from outside come before ours, in their order; ours by the cost of the best config of each.
     """
-    accepted: list[tuple[KernelTemplate, GemmConfig]] = []
-    firsts: list[tuple[bool, float, KernelTemplate, GemmConfig]] = []
+    accepted: list[tuple[bool, float, KernelTemplate, tuple[GemmConfig, ...]]] = []
     declined: list[str] = []
     mine: list[str] = []
     for template in templates:
@@ -178,16 +224,12 @@ def _configs(
         if isinstance(fitting, str):
             (mine if own else declined).append(fitting if own else f"{template.name} declined: {fitting}")
             continue
-        accepted += [(template, config) for config in fitting]
         cost = template.cost(fitting[0], problem) if own and not isinstance(problem, str) else 0.0
-        firsts.append((own, cost, template, fitting[0]))
-    if firsts:
-        *_, template, config = min(firsts, key=lambda first: first[:2])
-        alone = template.partial_sums or not tuned
-        accepted = [(template, config)] if alone else [pair for pair in accepted if not pair[0].partial_sums]
+        accepted.append((own, cost, template, fitting))
+    accepted.sort(key=lambda entry: entry[:2])
+    configs = {kernel_label(t, config): (t, config) for *_, t, fitting in accepted for config in fitting}
     # Of kernels of ours for other scales, shapes or devices some always decline: no news where one serves.
-    news = declined if len(mine) < len(ours) else [*declined, *dict.fromkeys(mine)]
-    return {_label(template, config): (template, config) for template, config in accepted}, news
+    return configs, declined if len(mine) < len(ours) else [*declined, *dict.fromkeys(mine)]
 
 
 def _fitting(
@@ -290,54 +332,8 @@ def _split(
     )
 
 
-def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
-    """Inductor's template text of an integer linear whose result has `rank` dimensions.
-
-    The kernel's own body between Inductor's signature and store. The result keeps its leading
-    dimensions ([B, S, N], not [B * S, N]): on torch 2.11 an epilogue that broadcasts over S, such as
-    a gate [B, 1, N], fuses only then.
-    """
-    pointers = ["x_ptr", "x_scale_ptr", "w_ptr", "w_scale_ptr", *(["bias_ptr"] if has_bias else [])]
-    batch = range(rank - 1)
-    sizes = {d: f"{{{{size(None, {d})}}}}" for d in batch}
-    lines = [f"{{{{def_kernel({', '.join(map(repr, pointers))})}}}}"]
-    if not has_bias:
-        lines.append("    bias_ptr = w_scale_ptr  # never read")
-    lines.append(f"    M = {' * '.join(f'({s})' for s in sizes.values()) or '1'}")
-    lines.append(f"    N = {{{{size(None, {rank - 1})}}}}")
-    if template.depth_of != "argument":  # else it is one of the constants
-        dim = 1 if template.depth_of == "w" else rank - 1
-        lines.append(f"    K = {{{{size('{template.depth_of}_ptr', {dim})}}}}")
-    lines.append(template.body)
-    for d in batch:
-        stride = " * ".join(f"({sizes[e]})" for e in batch if e > d) or "1"
-        modulo = f" % ({sizes[d]})" if d else ""
-        lines.append(f"{' ' * template.store_indent}idx_{d} = idx_m // ({stride}){modulo}")
-    indices = [*(f"idx_{d}" for d in batch), "idx_n"]
-    lines.append(_store(indices, "y_acc", template.store_indent))
-    return "\n".join(lines) + "\n"
-
-
-def partial_sums_source(template: KernelTemplate) -> str:
-    """Inductor's template text of a kernel that writes int32 sums [split_k, M, N] of x [..., K] and w [N, K]."""
-    lines = [
-        "{{def_kernel('x_ptr', 'w_ptr')}}",
-        "    M = {{size(None, 1)}}",
-        "    N = {{size(None, 2)}}",
-        "    K = {{size('w_ptr', 1)}}",
-        template.body,
-        _store(["idx_s", "idx_m", "idx_n"], "acc", 4),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _store(indices: list[str], value: str, indent: int) -> str:
-    mask = "None if EVEN_M and EVEN_N else 'mask'"
-    options = f"indent_width={indent}, val_shape=('BLOCK_M', 'BLOCK_N')"
-    return f"{' ' * indent}{{{{store_output({indices}, {value!r}, {mask}, {options})}}}}"
-
-
-def _label(template: KernelTemplate, config: GemmConfig) -> str:
+def kernel_label(template: KernelTemplate, config: GemmConfig) -> str:
+    """The name of a kernel in reports and in files of tuned kernels."""
     return f"triton:{template.name} {config} s{config.num_stages} w{config.num_warps}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from viditq_fx.lowering.attention_cuda import select_attention_kernels
 from viditq_fx.lowering.inductor_compat import cache_fingerprint, configured, wide_persistent_reductions
@@ -15,6 +15,7 @@ from viditq_fx.lowering.kernel_log import kernel_log
 from viditq_fx.lowering.quantize_cuda import select_quantize_kernels
 from viditq_fx.lowering.select_cpu import KernelChoice, quantized_linears, select_cpu_kernels
 from viditq_fx.lowering.templates import serving
+from viditq_fx.lowering.tuned_configs import own_digest
 from viditq_fx.triton_templates.base import KernelTemplate
 
 _PASS_OPTION = "post_grad_custom_pre_pass"
@@ -54,7 +55,9 @@ def compile_with_kernels(
     by_node = select_cpu_kernels(gm) | select_attention_kernels(gm)
     by_node |= select_quantize_kernels(gm, quantize_kernels)
     theirs = inductor.config.get(_PASS_OPTION, configured(_PASS_OPTION))
-    inductor.config[_PASS_OPTION] = cache_fingerprint(theirs, foreign)
+    inductor.config[_PASS_OPTION] = cache_fingerprint(
+        theirs, _with_timings(foreign, inductor, example_inputs)
+    )
     others = {op.overload: op for template in templates for op in template.ops}
     if not quantized_linears(gm) and not any(node.target in others for node in gm.graph.nodes):
         return Compiled(run=inductor(gm, example_inputs), by_node=by_node)
@@ -63,3 +66,18 @@ def compile_with_kernels(
         run = inductor(gm, example_inputs)
     choices = {r.fqn: KernelChoice(kernel=r.kernel, reason=r.reason) for r in log.values()}
     return Compiled(run=run, by_node=by_node, by_fqn=choices)
+
+
+def _with_timings(
+    foreign: tuple[str, ...] | None, inductor: Any, example_inputs: Sequence[Any]
+) -> tuple[str, ...] | None:
+    """`foreign` and what this machine timed, for graphs on CUDA: it chooses kernels, and stands in no graph.
+
+    Under autotuning it does not count: code in the cache holds the winners already, and each adds to the file.
+    """
+    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
+    tuning = any(
+        inductor.config.get(name, configured(name)) for name in ("max_autotune", "max_autotune_gemm")
+    )
+    timed = own_digest() if on_cuda and not tuning else ""
+    return (*foreign, timed) if foreign is not None and timed else foreign

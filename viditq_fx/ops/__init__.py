@@ -10,6 +10,7 @@ from viditq_fx.ops.int4 import MATMUL_S8S4
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
+from viditq_fx.ops.low_rank import ADD_LOW_RANK, QUANTIZE_WEIGHT_LOW_RANK
 from viditq_fx.ops.native import LINEAR_S8S8, MATMUL_S8S8
 from viditq_fx.ops.norm import NORM_MODULATE_QUANTIZE
 from viditq_fx.ops.onednn import LINEAR_EPILOGUE, MATMUL_F32S8, MATMUL_U8S8, SHIFT_TO_U8
@@ -30,6 +31,7 @@ from viditq_fx.ops.zero_point import ADD_ZERO_POINT
 
 __all__ = [
     "ACTIVATION_QUANTIZE",
+    "ADD_LOW_RANK",
     "ADD_ZERO_POINT",
     "ATTENTION_INT8",
     "CAT_INT8",
@@ -62,6 +64,7 @@ __all__ = [
     "QUANTIZE_PER_TOKEN",
     "QUANTIZE_STATIC",
     "QUANTIZE_WEIGHT_GRID",
+    "QUANTIZE_WEIGHT_LOW_RANK",
     "READ_INT8",
     "ROTATE",
     "ROTATE_QUANTIZE",

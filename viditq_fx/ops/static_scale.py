@@ -3,8 +3,9 @@
     quantize_static     q = clamp(round_half_even(x / s), -qmax, qmax)    one s for all tokens of a call
     dequantize_per_block   x ~= s[..., k // block] * q[..., k]
 
-Values beyond the calibrated range are clipped. A NaN becomes 0 with the scale NaN in its own row, as where scales
-are found at run time; an infinity is clipped like any value beyond the range.
+Values beyond the calibrated range are clipped, infinities too, and a NaN becomes 0: nothing looks at a whole row, so
+that the quantize of an FFN's hidden activation is done where the up-projection stores it, and that activation never
+exists in full precision. (A NaN in the residual stream stays visible there.)
 
 Shapes: x [..., K], scale fp32 [] or [1]; q int8 [..., K], s fp32 [..., 1], or [..., ceil(K / block)].
 """
@@ -33,12 +34,9 @@ def quantize_static(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor
     qmax = largest_int(bits)
     x_f32 = x.to(torch.float32)
     scaled = torch.round(x_f32 / scale.reshape(()))
-    wrong = scaled != scaled
-    q = torch.clamp(torch.where(wrong, torch.zeros_like(scaled), scaled), -qmax, qmax).to(torch.int8)
-    rows = torch.where(
-        wrong.any(-1, keepdim=True), torch.full_like(x_f32[..., :1], torch.nan), scale.reshape(())
-    )
-    return q, rows
+    finite = torch.where(scaled == scaled, scaled, torch.zeros_like(scaled))
+    q = torch.clamp(finite, -qmax, qmax).to(torch.int8)
+    return q, x.new_ones((*x.shape[:-1], 1), dtype=torch.float32) * scale.reshape(())
 
 
 def fake_static(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:

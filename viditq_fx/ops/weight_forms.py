@@ -20,6 +20,7 @@ from viditq_fx.ops.grid import dequantize_weight_grid, quantize_weight_grid
 from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
 from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
+from viditq_fx.ops.low_rank import ADD_LOW_RANK, quantize_weight_low_rank
 from viditq_fx.ops.pack import PACK_INT4, pack_int4, unpack_int4
 from viditq_fx.ops.quantize import (
     QUANTIZE_PER_BLOCK,
@@ -82,6 +83,11 @@ def stored_dtype(form: WeightForm) -> torch.dtype:
 
 def quantize_weight(w_NK: Tensor, form: WeightForm) -> Stored:
     """w [N, K] -> what is stored of it. Scales of NaN or infinity are the caller's to refuse."""
+    if form.rank:
+        multiplier = _values(form, w_NK.device)
+        operands = (form.rotation, form.rank, form.bits, form.group or 0, form.grid or "")
+        q_NK, *vectors = quantize_weight_low_rank(w_NK, multiplier, *operands)
+        return (pack_int4(q_NK) if form.nibbles else q_NK), *vectors
     if form.rotation > 1 or form.multiplier is not None:
         w_NK = transform_weight(w_NK, _values(form, w_NK.device), form.rotation)
     if form.floating:
@@ -130,26 +136,31 @@ def quantize_input(
 
 def linear_in_scheme(
     scheme: QuantScheme,
+    x: Tensor,
     x_q: Tensor,
     x_scale: Tensor,
     stored: Stored,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The linear of a scheme over what `quantize_input` and `quantize_weight` made -> [..., N]."""
-    weight, scale, *zero = stored
+    """The linear of a scheme over what `quantize_input` (of x) and `quantize_weight` made -> [..., N]."""
+    (weight, scale, *zero), branch = split_branch(stored, scheme.weight_form)
     four = scheme.block is not None and scheme.input_bits == 4
-    x = PACK_INT4.overload(x_q) if four else x_q
-    dtype = torch.float32 if zero else out_dtype
+    packed = PACK_INT4.overload(x_q) if four else x_q
+    last = torch.float32 if branch else out_dtype
     depth = (x_q.shape[-1],) if four else ()
-    y = linear_of(scheme).overload(x, x_scale, weight, scale, bias, dtype, *depth)
-    return ADD_ZERO_POINT.overload(y, x_q, x_scale, scale, zero[0], out_dtype) if zero else y
+    dtype = torch.float32 if zero else last
+    y = linear_of(scheme).overload(packed, x_scale, weight, scale, bias, dtype, *depth)
+    if zero:
+        y = ADD_ZERO_POINT.overload(y, x_q, x_scale, scale, zero[0], last)
+    return ADD_LOW_RANK.overload(y, x, *branch, out_dtype) if branch else y
 
 
 def dequantize_weight(stored: Stored, depth: int, form: WeightForm, dtype: torch.dtype) -> Tensor:
     """What `quantize_weight` stored of a weight of K = `depth` -> the weight [N, K] in `dtype`, transformed back."""
+    stored, branch = split_branch(stored, form)
     whole, scale, *zero = stored
-    exact = dtype if form.rotation == 1 and form.multiplier is None else torch.float32
+    exact = dtype if form.rotation == 1 and form.multiplier is None and not branch else torch.float32
     q_NK = unpack_int4(whole, depth) if form.nibbles else whole
     if zero:
         w_NK = dequantize_weight_grid(q_NK, scale, zero[0], form.group or 0, exact)
@@ -165,7 +176,16 @@ def dequantize_weight(stored: Stored, depth: int, form: WeightForm, dtype: torch
         values = _values(form, w_NK.device)
         assert values is not None
         w_NK = w_NK * values
+    if branch:
+        down, up = branch
+        w_NK = w_NK + up.to(torch.float32) @ down.to(torch.float32)
     return w_NK.to(dtype)
+
+
+def split_branch(stored: Stored, form: WeightForm) -> tuple[Stored, Stored]:
+    """(integers with scales and zero points, down and up of the low-rank branch or nothing)."""
+    end = len(stored) - (2 if form.rank else 0)
+    return stored[:end], stored[end:]
 
 
 def join_weights(parts: Sequence[Stored]) -> Stored:

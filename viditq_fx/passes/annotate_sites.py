@@ -20,6 +20,7 @@ from viditq_fx.passes.effects import op_name, write_roots
 from viditq_fx.passes.opaque import why_opaque
 from viditq_fx.passes.policy import keeps, reason_to_keep
 from viditq_fx.passes.roles import find_roles, linear_input
+from viditq_fx.passes.selection import weigh
 from viditq_fx.passes.site_plan import site_plan
 from viditq_fx.report import SiteReport
 from viditq_fx.scheme import GROUP, QuantScheme
@@ -43,6 +44,7 @@ class AnnotateSites(Pass):
         flow, written = DataFlow(gm.graph), write_roots(gm.graph)
         roles = find_roles(gm.graph, flow)
         results: list[Match | Reject] = []
+        found: dict[fx.Node, Match | Reject] = {}
         for node in gm.graph.nodes:
             if node.name in ctx.sites or WIDE_KEY in node.meta:
                 continue
@@ -56,8 +58,12 @@ class AnnotateSites(Pass):
             entry = _describe(node, roles[node])
             ctx.sites[node.name] = entry
             ctx.report.sites.append(entry)
-            results.append(_plan(node, site, entry, ctx, written))
-        return tuple(results)
+            found[node] = _plan(node, site, entry, ctx, written)
+        for node, reason in weigh({node: rows_of(node) for node in found}, ctx).items():
+            entry, site = ctx.sites[node.name], node.meta[SITE_KEY]
+            entry.planned, entry.reason = None, reason
+            found[node] = Reject(site=site, reason=reason)
+        return (*results, *found.values())
 
 
 def fqn_of_node(node: fx.Node) -> str:
@@ -98,6 +104,7 @@ def scheme_of_linear(node: fx.Node) -> str:
             grid="minmax" if any(u.target is ops.ADD_ZERO_POINT.overload for u in node.users) else None,
             rotate=rotates,
             block=GROUP if node.target in _BLOCKS else None,
+            rank=_rank(node),
         )
     )
 
@@ -110,6 +117,25 @@ _BITS_AT = {
 }
 """Op that quantizes an input -> which of its arguments is the width."""
 _BLOCKS = (ops.LINEAR_W4A8_BLOCK.overload, ops.LINEAR_W4A4.overload)
+
+
+def beside(linear: fx.Node) -> list[object]:
+    """What else is stored of an integer linear's weight: zero points, and the two factors of a low-rank branch."""
+    found: list[object] = []
+    result = linear
+    for op, first, last in ((ops.ADD_ZERO_POINT, 4, 5), (ops.ADD_LOW_RANK, 2, 4)):
+        added = next((user for user in result.users if user.target is op.overload), None)
+        if added is not None:
+            found += added.args[first:last]
+            result = added
+    return found
+
+
+def _rank(linear: fx.Node) -> int:
+    """Of the low-rank branch that is added to an integer linear; 0 without one."""
+    found = beside(linear)
+    branch = len(found) >= 2
+    return int(example(found[-2]).shape[0]) if branch else 0  # type: ignore[arg-type]
 
 
 def _input_quantize(node: fx.Node) -> fx.Node | None:
@@ -128,6 +154,12 @@ def hint(size: Any) -> int | None:
     node = getattr(size, "node", None)
     value = getattr(node, "hint", None) if node is not None else None
     return int(value) if isinstance(value, int) else None
+
+
+def rows_of(node: fx.Node) -> int | None:
+    """M of a linear at compile time; None where a size is not known."""
+    hints = [hint(size) for size in row_sizes(node)]
+    return None if None in hints else math.prod(h for h in hints if h is not None)
 
 
 def _describe(node: fx.Node, role: str) -> SiteReport:
@@ -165,14 +197,11 @@ def _plan(
 ) -> Match | Reject:
     if op_name(node).startswith("linear_w"):
         entry.planned = entry.done = scheme_of_linear(node)
-        zeros = [user.args[4] for user in node.users if user.target is ops.ADD_ZERO_POINT.overload]
-        stored = map(example, (*node.args[2:4], *zeros))  # type: ignore[arg-type]
+        stored = map(example, (*node.args[2:4], *beside(node)))  # type: ignore[arg-type]
         entry.bytes_packed = sum(t.numel() * t.element_size() for t in stored)
         entry.bytes_full = 0
         return Match(site=site, detail="already an integer linear")
-    hints = [hint(size) for size in row_sizes(node)]
-    rows = None if None in hints else math.prod(h for h in hints if h is not None)
-    scheme, reason = _wanted(entry, rows, ctx)
+    scheme, reason = _wanted(entry, rows_of(node), ctx)
     if reason is None:
         entry.planned = str(scheme)
         reason = _why_impossible(node, written)

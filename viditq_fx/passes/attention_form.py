@@ -84,7 +84,7 @@ def read_attention(node: fx.Node, flow: DataFlow) -> AttentionForm | None:
 
 
 def _form(got: dict[str, Any], flow: DataFlow, *, spelled: bool) -> AttentionForm:
-    front = {name: _in_front(got[name], flow) for name in ("query", "key", "value")}
+    front = {name: in_front(got[name], flow) for name in ("query", "key", "value")}
     return AttentionForm(
         query=got["query"],
         key=got["key"],
@@ -101,7 +101,7 @@ def _form(got: dict[str, Any], flow: DataFlow, *, spelled: bool) -> AttentionFor
     )
 
 
-def _in_front(start: Any, flow: DataFlow) -> tuple[list[fx.Node], list[fx.Node]]:
+def in_front(start: Any, flow: DataFlow) -> tuple[list[fx.Node], list[fx.Node]]:
     """(linears that a value comes from, nodes between them and the value)."""
     queue, seen, linears, between = [start], set(), [], []
     while queue:

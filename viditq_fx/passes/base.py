@@ -40,6 +40,8 @@ class PassContext:
     """"auto", "int8" or "keep", as in CompileOptions."""
     recipe: Recipe | None = None
     """What calibration decided; `scheme` is its scheme then."""
+    selection: str = "always"
+    """"auto": sites that are expected to run no faster quantized stay in full precision. "always": none does."""
     report: CompileReport = field(default_factory=lambda: CompileReport(scheme="", device=""))
     sites: dict[str, SiteReport] = field(default_factory=dict)
     """Node name of each annotated site -> its report."""

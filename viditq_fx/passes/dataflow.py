@@ -28,7 +28,9 @@ _METADATA_ONLY = frozenset(
 _ORDER_KEEPING = frozenset({"view", "reshape", "flatten", "squeeze"})
 _VALUES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
 """Attributes of a tensor that hold its values; the others tell its shape, dtype or device."""
-FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to", "add_zero_point"})
+FIRST_ONLY = frozenset(
+    {"type_as", "expand_as", "view_as", "reshape_as", "to", "add_zero_point", "add_low_rank"}
+)
 """Ops that take values from their first argument, and at most a shape, a type or a correction from the others."""
 
 

@@ -63,7 +63,9 @@ def insert_linear(
 
     `packed` is the input as the linear reads it, `x` its integers and scales, `weight` what is stored.
     """
-    scheme, dtype = like.meta[SCHEME_KEY], like.meta["example_value"].dtype
+    scheme, dtype = like.meta[SCHEME_KEY], example(like).dtype
+    if scheme.rank:  # the branch is added in fp32, and casts
+        dtype = torch.float32
     stored, scale, *zero = weight
     operands = (packed, x[1], stored, scale, bias, torch.float32 if zero else dtype)
     extra = (example(x[0]).shape[-1],) if scheme.block and scheme.input_bits == 4 else ()

@@ -60,7 +60,9 @@ class FuseSharedInput(Pass):
 
 def _can_join(node: fx.Node, written: set[fx.Node]) -> bool:
     """Whether a linear's weight and bias can be joined before the call: both are parameters, written by nothing."""
-    return _parameter_of(node) is not None and node.args[4] not in written
+    if _parameter_of(node) is None or node.args[4] in written:
+        return False
+    return node.meta[SCHEME_KEY].rank == 0  # a branch is one weight's own
 
 
 def _by_attention(group: list[fx.Node], ctx: PassContext) -> list[list[fx.Node]]:

@@ -21,6 +21,7 @@ from torch import fx
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example, getitem
 from viditq_fx.ops.fp8 import fake_fp8_per_channel, fake_fp8_per_token
+from viditq_fx.ops.low_rank import fake_low_rank
 from viditq_fx.ops.quantize import fake_dequantized, fake_per_channel, fake_per_group, fake_per_token
 from viditq_fx.ops.rotate import fake_rotate_quantize, fake_rotated
 from viditq_fx.ops.static_scale import fake_static
@@ -39,9 +40,10 @@ QUANTIZE_WEIGHT = (
     ops.QUANTIZE_PER_CHANNEL.overload,
     ops.QUANTIZE_PER_GROUP.overload,
     ops.QUANTIZE_WEIGHT_GRID.overload,
+    ops.QUANTIZE_WEIGHT_LOW_RANK.overload,
     ops.QUANTIZE_FP8_PER_CHANNEL.overload,
 )
-"""Ops that return (integers or e4m3 numbers, scales) of a weight, and zero points where its grid has them."""
+"""Ops that return (integers or e4m3 numbers, scales) of a weight, zero points where its grid has them, a branch."""
 _Key = tuple[object, ...]
 """What is quantized, and all that its integers depend on."""
 
@@ -69,8 +71,9 @@ class InsertQdq(Pass):
             scheme = QuantScheme.parse(entry.planned)
             site: Site = node.meta[SITE_KEY]
             transform = transform_of(site.fqn, entry.depth, scheme, ctx)
+            x = node.args[0]
             _wrap_input(gm.graph, node, scheme, transform, quantized, ctx)
-            _wrap_weight(gm.graph, node, scheme, transform, ctx)
+            _wrap_weight(gm.graph, node, x, scheme, transform, ctx)
             node.meta[SCHEME_KEY], node.meta[TRANSFORM_KEY] = scheme, transform
             results.append(Match(site=site, detail=str(scheme)))
         return tuple(results)
@@ -147,12 +150,16 @@ def insert_weight_quantize(
 ) -> fx.Node:
     """Insert what gives (integers [N, K], scales[, zero points]) of a weight in this scheme."""
     value = weight
-    if transform:
+    if transform and not scheme.rank:
         multiplier = multiplier_input(graph, transform, weight, ctx)
         operands = (weight, multiplier, transform.rotation)
         value = call(graph, ops.TRANSFORM_WEIGHT.overload, operands, like, fake_rotated)
         _stamp((value,), like, scheme, "weight")
-    if scheme.floating:
+    if scheme.rank:
+        op, fake = ops.QUANTIZE_WEIGHT_LOW_RANK, fake_low_rank
+        moved = (multiplier_input(graph, transform, weight, ctx), transform.rotation)
+        operands = (weight, *moved, scheme.rank, scheme.weight_bits, scheme.group or 0, scheme.grid or "")
+    elif scheme.floating:
         op, fake, operands = ops.QUANTIZE_FP8_PER_CHANNEL, fake_fp8_per_channel, (value,)
     elif scheme.grid is not None:
         op, fake = ops.QUANTIZE_WEIGHT_GRID, None
@@ -178,10 +185,12 @@ def quantized_weight(pair: fx.Node) -> fx.Node:
 
 
 def _wrap_weight(
-    graph: fx.Graph, linear: fx.Node, scheme: QuantScheme, transform: Transform, ctx: PassContext
+    graph: fx.Graph, linear: fx.Node, x: object, scheme: QuantScheme, transform: Transform, ctx: PassContext
 ) -> None:
+    """Quantize the weight; `x` is the linear's input as it is in full precision."""
     w = linear.args[1]
     assert isinstance(w, fx.Node)
+    assert isinstance(x, fx.Node)
     with graph.inserting_before(linear):
         pair = insert_weight_quantize(graph, w, scheme, transform, linear, ctx)
         parts = [getitem(graph, pair, index, linear) for index in range(len(example(pair)))]
@@ -191,10 +200,16 @@ def _wrap_weight(
             back, group = ops.DEQUANTIZE_PER_GROUP, (scheme.group,)
         else:
             back, group = ops.DEQUANTIZE_PER_CHANNEL, ()
-        operands = (*parts, *group, example(w).dtype)
+        operands = (*parts[: 3 if scheme.grid else 2], *group, example(w).dtype)
         value = call(graph, back.overload, operands, linear, fake_dequantized)
         _stamp((pair, *parts, value), linear, scheme, "weight")
     linear.update_arg(1, value)
+    if scheme.rank:
+        with graph.inserting_after(linear):
+            operands = (linear, x, *parts[-2:], example(linear).dtype)
+            added = call(graph, ops.ADD_LOW_RANK.overload, operands, linear)
+        _stamp((added,), linear, scheme, "weight")
+        linear.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
 
 
 def _stamp(nodes: tuple[fx.Node, ...], linear: fx.Node, scheme: QuantScheme, role: str) -> None:

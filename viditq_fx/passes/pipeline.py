@@ -39,6 +39,7 @@ __all__ = [
     "arrange_extra",
     "before",
     "build_pipeline",
+    "context_of",
     "default_passes",
 ]
 
@@ -146,6 +147,18 @@ def default_passes() -> tuple[Pass, ...]:
         FuseSharedInput(),
         QuantizeAttention(),
         PlaceWeights(),
+    )
+
+
+def context_of(options: CompileOptions, report: CompileReport) -> PassContext:
+    """What the passes over one graph share, as the options ask it."""
+    return PassContext(
+        scheme=options.scheme,
+        keep=options.keep,
+        attention=options.attention,
+        recipe=options.recipe,
+        selection="auto" if options.weighs_speed else "always",
+        report=report,
     )
 
 

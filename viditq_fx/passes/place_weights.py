@@ -21,7 +21,7 @@ from torch import fx
 
 from viditq_fx import ops
 from viditq_fx.graph_edit import example
-from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY
+from viditq_fx.passes.annotate_sites import SITE_KEY, WIDE_KEY, beside
 from viditq_fx.passes.base import BiasSlot, Match, Pass, PassContext, Reject, WeightSlot
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.effects import op_name
@@ -79,13 +79,17 @@ class PlaceWeights(Pass):
 def _form(pair: fx.Node, nibbles: bool) -> WeightForm:
     if pair.target is ops.QUANTIZE_FP8_PER_CHANNEL.overload:
         return WeightForm(floating=True)
-    _, bits, *group = pair.args
+    if pair.target is ops.QUANTIZE_WEIGHT_LOW_RANK.overload:
+        rank, bits, *group = pair.args[3:]
+    else:
+        rank, (_, bits, *group) = 0, pair.args
     transform = pair.meta[TRANSFORM_KEY]
     return WeightForm(
         bits=int(bits),  # type: ignore[call-overload]
         group=(int(group[0]) or None) if group else None,  # type: ignore[call-overload]
         nibbles=nibbles,
-        grid=str(group[1]) if len(group) > 1 else None,
+        grid=(str(group[1]) or None) if len(group) > 1 else None,
+        rank=int(rank),  # type: ignore[call-overload]
         rotation=transform.rotation,
         multiplier=transform.multiplier,
     )
@@ -135,7 +139,8 @@ def _new_inputs(graph: fx.Graph, weight: fx.Node, like: fx.Node, packs: Sequence
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     integers, *vectors = example(like)
     kind = "int4" if packs else "fp8" if integers.is_floating_point() else "int8"
-    suffixes = (kind, "scale", "zero")[: 1 + len(vectors)]
+    branch = ("down", "up") if like.target is ops.QUANTIZE_WEIGHT_LOW_RANK.overload else ()
+    suffixes = (*(kind, "scale", "zero")[: 1 + len(vectors) - len(branch)], *branch)
     names = [f"{weight.name.rstrip('_')}_{suffix}" for suffix in suffixes]
     return _placeholders(graph, last, names, [example(packs[0]) if packs else integers, *vectors], like)
 
@@ -164,6 +169,5 @@ def _fill_bytes(gm: fx.GraphModule, ctx: PassContext) -> None:
     for node in gm.graph.nodes:
         entry = ctx.sites.get(node.name)
         if entry is not None and entry.done is not None and op_name(node).startswith("linear_w"):
-            zeros = [u.args[4] for u in node.users if u.target is ops.ADD_ZERO_POINT.overload]
-            tensors = [example(a) for a in (*node.args[2:4], *zeros) if isinstance(a, fx.Node)]
+            tensors = [example(a) for a in (*node.args[2:4], *beside(node)) if isinstance(a, fx.Node)]
             entry.bytes_packed = sum(t.numel() * t.element_size() for t in tensors)

@@ -39,6 +39,14 @@ def architecture(capability: tuple[int, int]) -> int | None:
     return {8: 89, 9: 90, 10: 100}.get(capability[0], 89)
 
 
+def generic_configs(capability: tuple[int, int]) -> str | None:
+    """What to say of a device that takes another architecture's configs; None where it has its own."""
+    arch = architecture(capability)
+    if arch is None or divmod(arch, 10) == capability:
+        return None
+    return f"no tile configs for sm_{capability[0]}{capability[1]}: those of sm_{arch} serve"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GemmConfig:
     """Tile of one program and how it is pipelined."""
