@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ from torch import Tensor
 import viditq_fx as vq
 from benchmarks.cpu import _commit
 from benchmarks.quality_models import IMAGES, SUBJECTS, Subject
-from benchmarks.quality_rows import FP32, Row, choose_delta, rows, schedule_options
+from benchmarks.quality_rows import FP32, MIXED_BITS, Row, choose_delta, rows, schedule_options
 from benchmarks.quality_table import figure, table
+from viditq_fx.calibration.sensitivity import relative_square
 from viditq_fx.demo.run import describe_machine
 from viditq_fx.quality import sqnr_db
 from viditq_fx.report import CompileReport
 from viditq_fx.runtime import executions
 from viditq_fx.scheme import QuantScheme
-from viditq_fx.switching import HIGH
-from viditq_fx.switching_graph import step_records
+from viditq_fx.switching import HIGH, LOW
+from viditq_fx.switching_graph import step_records, switches
 
 SEEDS = (0, 1, 2)
 CALIBRATION_SEED = 1000
@@ -95,12 +96,7 @@ def measure(row: Row, subject: Subject, reference: Reference) -> dict[str, Any]:
         **schedule_options(row.schedule, reference.delta),
     }
     if row.calibration is not None:
-        options["recipe"] = vq.calibrate(
-            subject.network,
-            lambda: subject.draw(subject.network, CALIBRATION_SEED, reference.steps),
-            scheme=row.scheme,
-            **row.calibration,
-        )
+        options["recipe"] = calibrated_recipe(row, subject, reference.steps)
         del options["scheme"]
     forward: Any = torch.compile(subject.network, backend="viditq", options=options)
     calibrated = time.perf_counter()
@@ -109,6 +105,10 @@ def measure(row: Row, subject: Subject, reference: Reference) -> dict[str, Any]:
         compiled = time.perf_counter()
         earlier = len(step_records(forward))
         vq.reset(forward)  # the timesteps of the errors end where those of a generation begin
+        delta = None
+        if row.schedule == "delta":
+            delta = balanced_delta(forward, subject, reference)
+            earlier = len(step_records(forward))
         figures = reference.judge(subject, forward)
     reports = {id(call.report): call.report for call in ran}
     if row.schedule is None:
@@ -117,6 +117,7 @@ def measure(row: Row, subject: Subject, reference: Reference) -> dict[str, Any]:
         errors = {"step_db": None}  # its bits change from step to step: those of both widths have rows
         highs = [record.bits == HIGH for record in step_records(forward)[earlier:]]
         integers = bits_of(list(reports.values()), share_high=sum(highs) / len(highs))
+        figures["delta"] = delta
         figures["high_by_step"] = "".join("8" if high else "4" for high in highs[: reference.steps])
     seconds = {
         "calibrate": round(calibrated - start, 1),
@@ -124,6 +125,60 @@ def measure(row: Row, subject: Subject, reference: Reference) -> dict[str, Any]:
         "all": round(time.perf_counter() - start, 1),
     }
     return {**errors, **figures, **integers, "seconds": seconds}
+
+
+def calibrated_recipe(row: Row, subject: Subject, steps: int) -> vq.Recipe:
+    """Calibrated on noise that no row is judged on; the bits of its sites searched where the row says so."""
+
+    def draw(forward: Callable[..., Any]) -> Tensor:
+        return subject.draw(forward, CALIBRATION_SEED, steps)
+
+    found = vq.calibrate(
+        subject.network, lambda: draw(subject.network), scheme=row.scheme, **(row.calibration or {})
+    )
+    if row.mixed is None:
+        return found
+    search: dict[str, Any] = {"metrics": {"visual": relative_square}, "groups": {"visual": "*"}}
+    if row.mixed == "decoupled":
+        search = {"metrics": subject.metrics(), "groups": subject.groups}
+    low = vq.QuantScheme.parse(row.scheme)
+    # Its own draws, a third of the steps: there is one for every unit and candidate.
+    table = vq.measure_sensitivity(
+        subject.network,
+        lambda forward: subject.draw(forward, CALIBRATION_SEED + 1, -(-steps // 3)),
+        found,
+        low=low,
+        high=replace(low, weight_bits=8),
+        **search,
+    )
+    return vq.allocate(table, found, budget=MIXED_BITS)
+
+
+def balanced_delta(forward: Callable[..., Any], subject: Subject, reference: Reference) -> float:
+    """The delta at which half of the steps run at low bits, by what the compiled model itself draws.
+
+    Quantized outputs move more from step to step than fp32's, by whose changes the search begins.
+    """
+    (switch,) = switches(forward)  # pyright: ignore[reportArgumentType]
+
+    def share_low(delta: float) -> float:
+        switch.rule = replace(switch.rule, delta=delta)
+        earlier = len(switch.records)
+        vq.reset(forward)  # pyright: ignore[reportArgumentType]
+        subject.draw(forward, CALIBRATION_SEED, reference.steps)
+        records = switch.records[earlier:]
+        return sum(record.bits == LOW for record in records) / len(records)
+
+    tried: dict[float, float] = {}
+    below, above = reference.delta.value / 4, reference.delta.value * 16
+    for _ in range(7):
+        delta = (below * above) ** 0.5
+        tried[delta] = share_low(delta)
+        below, above = (delta, above) if tried[delta] < 0.5 else (below, delta)
+    best = min(tried, key=lambda delta: abs(tried[delta] - 0.5))
+    switch.rule = replace(switch.rule, delta=best)
+    vq.reset(forward)  # pyright: ignore[reportArgumentType]
+    return round(best, 5)
 
 
 def bits_of(reports: Sequence[CompileReport], share_high: float | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.stress import stress_
-from viditq_fx.demo.metrics import class_accuracy, fd_digits
+from viditq_fx.demo.metrics import class_accuracy, fd_digits, features
 from viditq_fx.demo.model import load_classifier, load_digits_dit
 from viditq_fx.demo.sampling import balanced_labels, initial_noise, sample
 from viditq_fx.demo.video import VideoDiT, initial_video_noise, load_video_dit, sample_videos
@@ -19,8 +19,16 @@ from viditq_fx.demo.video_metrics import (
     fd_digits_frames,
     fd_digits_video,
     frame_accuracy,
+    video_judge,
 )
-from viditq_fx.quality import displacement_error, frame_difference_deviation, psnr, sqnr_db, temporal_error
+from viditq_fx.quality import (
+    Loss,
+    displacement_error,
+    frame_difference_deviation,
+    psnr,
+    sqnr_db,
+    temporal_error,
+)
 
 Forward = Callable[..., Any]
 """The transformer, or it compiled."""
@@ -31,6 +39,8 @@ class Subject(Protocol):
 
     network: nn.Module
     images: int
+    groups: Mapping[str, str]
+    """Groups of units that the graph does not tell: name -> module paths."""
 
     def draw(self, forward: Forward, seed: int, steps: int) -> Tensor:
         """Samples [n, ...] in [-1, 1], the same noise for every model."""
@@ -48,9 +58,15 @@ class Subject(Protocol):
         """Fréchet distance of samples to real ones."""
         ...
 
+    def metrics(self) -> Mapping[str, Loss]:
+        """The loss of each group of units, for a metric-decoupled search."""
+        ...
+
 
 class Digits:
     """The digits DiT."""
+
+    groups: Mapping[str, str] = {}
 
     def __init__(self, images: int, *, stressed: bool) -> None:
         self.images = images
@@ -83,9 +99,18 @@ class Digits:
     def distance(self, drawn: Tensor) -> float:
         return fd_digits(drawn, self._classifier)
 
+    def metrics(self) -> Mapping[str, Loss]:
+        def visual(reference: Tensor, test: Tensor) -> float:
+            wanted, found = features(self._classifier, reference), features(self._classifier, test)
+            return ((found - wanted).square().sum() / wanted.square().sum()).item()
+
+        return {"visual": visual}
+
 
 class Videos:
     """The video DiT of moving digits."""
+
+    groups: Mapping[str, str] = {"temporal": "temporal_transformer_blocks.*.attn*"}
 
     def __init__(self, images: int, *, stressed: bool) -> None:
         self.images = images
@@ -131,6 +156,9 @@ class Videos:
 
     def distance(self, drawn: Tensor) -> float:
         return fd_digits_video(drawn, self._classifier)
+
+    def metrics(self) -> Mapping[str, Loss]:
+        return vars(video_judge(self._labels, self._classifier))
 
 
 SUBJECTS: Mapping[str, Callable[..., Subject]] = {"digits": Digits, "video": Videos}

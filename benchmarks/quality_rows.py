@@ -14,6 +14,8 @@ from typing import Any
 from viditq_fx.switching import HIGH, LOW, SwitchRule
 
 FP32 = "fp32"
+MIXED_BITS = 5.0
+"""Average bits of a weight in the rows of mixed precision, as in the paper."""
 SECTIONS = {
     "A": "ViDiT-Q's ladder at W4A8 (table 2 of the paper)",
     "B": "Methods at W8A8, W6A6 and W4A8",
@@ -33,6 +35,8 @@ class Row:
     """Section -> what the row is called there."""
     calibration: Mapping[str, Any] | None = None
     """Arguments of viditq_fx.calibrate besides the scheme; None: no data."""
+    mixed: str | None = None
+    """How 4 and 8 bits are spread over the sites: "decoupled" (by each group's own metric) or "squared" (by error)."""
     schedule: str | None = None
     """How steps of low bits are spread: "delta", "low-first", "high-first", "alternating" or "random"."""
 
@@ -43,11 +47,16 @@ class Row:
 
 
 def _four(bits: str, section_of: Mapping[str, str]) -> list[Row]:
-    """MinMax, SmoothQuant, QuaRot and ViDiT-Q at one width."""
-    titles = {
+    """MinMax, SmoothQuant, QuaRot and ViDiT-Q at one width; SVDQuant where weights have 4 bits."""
+    titles: dict[str, tuple[str, str, Mapping[str, Any] | None]] = {
         "minmax": ("MinMax", f"{bits}-asym", None),
         "smooth": ("SmoothQuant (alpha 0.5)", f"{bits}-asym", {"balance": 0.5, "rotation": "off"}),
         "quarot": ("QuaRot", f"{bits}-asym-rot", None),
+        "svdquant": (
+            "SVDQuant's branch, rank 16",
+            f"{bits}-asym-svd16",
+            {"balance": 0.5, "rotation": "off"},
+        ),
         "viditq": ("ViDiT-Q", f"{bits}-asym", {"balance": "search", "rotation": "search"}),
     }
     return [
@@ -58,6 +67,7 @@ def _four(bits: str, section_of: Mapping[str, str]) -> list[Row]:
             calibration=calibration,
         )
         for key, (title, scheme, calibration) in titles.items()
+        if key != "svdquant" or bits.startswith("w4")
     ]
 
 
@@ -87,6 +97,16 @@ def rows() -> list[Row]:
         labels={"A": "+ both, at every site"},
         calibration={"balance": "search", "rotation": "on"},
     )
+    mixed = [
+        Row(
+            name=f"w4a8-mixed-{kind}",
+            scheme="w4a8-asym",
+            labels={"A": f"+ mixed precision of {MIXED_BITS:g} bits, {title}"},
+            calibration={"balance": "search", "rotation": "search"},
+            mixed=kind,
+        )
+        for kind, title in (("decoupled", "metric-decoupled"), ("squared", "by squared error"))
+    ]
     w4a4 = [*_four("w4a4", {"C": ""}), _plain("dvd-w4a4", C="W4A4 DVD-Quant", D="W4A4 both")]
     parts = [
         _plain("w4a4-bgr", D="W4A4 BGR only"),
@@ -99,9 +119,9 @@ def rows() -> list[Row]:
         _switched("alternating", D="alternating"),
         _switched("random", D="random"),
     ]
-    ordered = [static, w4a8[0], scaled, w4a8[2], both, w4a8[3], w4a8[1]]
+    ordered = [static, w4a8[0], scaled, w4a8[2], both, w4a8[4], w4a8[1], w4a8[3]]
     ordered += [_plain("dvd-w4a8", C="W4A8 DVD-Quant"), *w4a4, *parts, *_four("w8a8", {"B": ""}), *gbs]
-    return [*ordered, *schedules, *_four("w6a6", {"B": ""}), *_four("w4a6", {"C": ""})]
+    return [*ordered, *schedules, *mixed, *_four("w6a6", {"B": ""}), *_four("w4a6", {"C": ""})]
 
 
 def _also(row: Row, section: str, label: str | None) -> Row:
