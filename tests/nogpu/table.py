@@ -3,8 +3,10 @@
     python -m nogpu.table [--only attention] [--arch 90]
 
 One row for each kernel, architecture and config: registers of a thread, shared memory of a block, spills, and the
-matrix instructions of the machine code. Exits 1 if a config spills, runs without a matrix instruction (but for norm and
-activation, which multiply none), or where rows are quantized loads less than 16 bytes a thread.
+matrix instructions of the machine code. A row ends with what is wrong with it, in capitals, and the last line counts
+such rows: a config spills, runs without a matrix instruction (but for norm and activation, which multiply none), needs
+more shared memory than a block has, or loads less than 16 bytes a thread where it quantizes rows. Exits 1 if there is
+any.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def attention(
 
 def norm(arch: int, width: int, *, affine: bool = False, multiplier: bool = False) -> Assembly:
     """LayerNorm, scale and shift, quantize; L and M dynamic."""
-    config = quantize_rows.config_for(width)
+    config = quantize_rows.config_for(width, arch)
     fixed = {"K": width, "QMAX": 127, "RMS": False, "HAS_WEIGHT": affine, "HAS_BIAS": affine}
     fixed |= {"HAS_SCALE": True, "HAS_SHIFT": True, "HAS_MULTIPLIER": multiplier}
     fixed |= {"EPS_NORM": 1e-6, "OFFSET": 1.0, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
@@ -121,7 +123,7 @@ def norm(arch: int, width: int, *, affine: bool = False, multiplier: bool = Fals
 
 def activation(arch: int, width: int, kind: str, *, gate: bool = False) -> Assembly:
     """An activation and quantize."""
-    config = quantize_rows.config_for(width)
+    config = quantize_rows.config_for(width, arch)
     fixed = {"K": width, "QMAX": 127, "KIND": kind, "HAS_GATE": gate}
     fixed |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
     options = {"warps": config.num_warps, "stages": 1, "multiples": ("x_stride_m", "gate_stride_m")}
@@ -188,19 +190,32 @@ def main() -> int:
         return 2
     row = "{:22} {:>6} {:38} {:>9} {:>10} {:>7}  {}"
     print(row.format("kernel", "arch", "config", "registers", "shared KiB", "spills", "matrix instructions"))
-    bad = 0
+    rows = bad = 0
     for case in cases():
         if options.only not in case.kernel or options.arch not in (None, case.arch):
             continue
         found = case.run()
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(found.sass_mma.items()))
         size = f"{found.shared_bytes / 1024:.0f}"
+        problems = faults(case, found)
+        kinds = "  ".join(filter(None, [kinds, *problems]))
         cells = (case.kernel, f"sm_{case.arch}", case.label, found.registers, size, found.spills, kinds)
         print(row.format(*cells), flush=True)
-        plain = case.kernel in ("norm_quantize", "act_quantize")
-        narrow = case.kernel.endswith("_quantize") and not found.wide_loads
-        bad += bool(found.spills or narrow or not (kinds or plain))
+        rows, bad = rows + 1, bad + bool(problems)
+    print(f"{rows} rows, {bad} with something wrong")
     return 1 if bad else 0
+
+
+def faults(case: Case, found: Assembly) -> list[str]:
+    """What is wrong with an assembled kernel; empty for one that is as it should be."""
+    multiplies_nothing = case.kernel in ("norm_quantize", "act_quantize")
+    wrong = {
+        "SPILLS": found.spills or found.local_bytes,
+        "NO MATRIX INSTRUCTION": not (found.sass_mma or multiplies_nothing),
+        "TOO MUCH SHARED MEMORY": found.shared_bytes > SHARED_BYTES[case.arch],
+        "NARROW LOADS": case.kernel.endswith("_quantize") and not found.wide_loads,
+    }
+    return [name for name, is_so in wrong.items() if is_so]
 
 
 if __name__ == "__main__":

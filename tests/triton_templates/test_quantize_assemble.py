@@ -1,12 +1,14 @@
 """The quantize kernels assemble at the widths of models: 16-byte loads, no spills, shared memory fits."""
 
+from dataclasses import replace
+
 import pytest
 from nogpu.fake_cuda import missing
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
 
-from nogpu.table import ROW_WIDTHS, activation, norm, rotation
+from nogpu.table import ROW_WIDTHS, Case, activation, faults, norm, rotation
 
 from viditq_fx.triton_templates.base import SHARED_BYTES
 
@@ -29,20 +31,31 @@ def test_rotation(arch, width):
 
 
 @pytest.mark.parametrize("width", ROW_WIDTHS)
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_norm(arch, width):
     result = norm(arch, width)
     check(result, arch, 3)
     assert not result.sass_mma
 
 
-@pytest.mark.parametrize("width", ROW_WIDTHS)
-@pytest.mark.parametrize("arch", [80, 90])
-def test_activation(arch, width):
-    check(activation(arch, width, "silu", gate=True), arch, 2)
+@pytest.mark.parametrize("width", [1152, 12288])
+@pytest.mark.parametrize(("kind", "gate"), [("gelu_tanh", False), ("silu", True)])
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_activation(arch, kind, gate, width):
+    check(activation(arch, width, kind, gate=gate), arch, 1 + gate)
 
 
-def test_the_widest_row_with_everything_in_front():
-    check(norm(90, WIDEST, affine=True, multiplier=True), 90, 5)
-    check(activation(90, WIDEST, "gelu"), 90, 1)
-    check(rotation(90, WIDEST), 90, 4)
+@pytest.mark.parametrize("arch", [90, 100])
+def test_the_widest_row_with_everything_in_front(arch):
+    check(norm(arch, WIDEST, affine=True, multiplier=True), arch, 5)
+    check(activation(arch, WIDEST, "gelu"), arch, 1)
+    check(rotation(arch, WIDEST), arch, 4)
+
+
+def test_a_row_of_the_table_says_what_is_wrong_with_it():
+    found = norm(90, 1152)
+    case = Case(kernel="norm_quantize", arch=90, label="", run=lambda: found)
+    assert faults(case, found) == []
+    broken = replace(found, spills=2, wide_loads=0, shared_bytes=SHARED_BYTES[90] + 1)
+    assert faults(case, broken) == ["SPILLS", "TOO MUCH SHARED MEMORY", "NARROW LOADS"]
+    assert faults(replace(case, kernel="linear_w8a8"), found) == ["NO MATRIX INSTRUCTION"]

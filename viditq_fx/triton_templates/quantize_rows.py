@@ -26,9 +26,10 @@ from viditq_fx.ops.activation import ACTIVATIONS
 from viditq_fx.ops.norm import NORMS
 from viditq_fx.ops.quantize import EPS, check_bits
 from viditq_fx.scheme import largest_int
+from viditq_fx.triton_templates.base import architecture
 
 WIDEST = 16384
-"""Elements of a tile: 32 in each of the 512 threads of the largest block."""
+"""Elements of the widest tile: 32 in each of 512 threads, or 16 in each of 1024."""
 EPS_BITS = tl.constexpr(struct.unpack("<i", struct.pack("<f", EPS))[0])
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: fp32 has no fraction there, so adding it rounds half to even
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -169,11 +170,15 @@ class RowConfig:
         return f"{self.block_m}x{self.block_k} w{self.num_warps}"
 
 
-def config_for(width: int) -> RowConfig:
-    """16 to 32 elements a thread: enough loads in flight, few enough registers. An estimate until measured."""
+def config_for(width: int, arch: int | None = None) -> RowConfig:
+    """16 to 32 elements a thread: enough loads in flight, few enough registers. An estimate until measured.
+
+    `arch` as of `base.architecture`. On sm_100, ptxas keeps 512 threads at 64 registers and spills two.
+    """
     block_k = triton.next_power_of_2(width)
     block_m = max(1, 2048 // block_k)
-    return RowConfig(block_m=block_m, block_k=block_k, num_warps=max(4, block_m * block_k // 1024))
+    warps = 32 if arch == 100 and block_k == WIDEST else max(4, block_m * block_k // 1024)
+    return RowConfig(block_m=block_m, block_k=block_k, num_warps=warps)
 
 
 def why_not(width: int) -> str | None:
@@ -267,7 +272,9 @@ class _Rows:
         s = self.x.new_empty((*self.shape[:-1], 1), dtype=torch.float32)
         if self.count == 0:
             return q, s
-        config = config_for(self.width)
+        on_gpu = self.x.is_cuda
+        arch = architecture(torch.cuda.get_device_capability(self.x.device)) if on_gpu else None
+        config = config_for(self.width, arch)
         fixed |= {"K": self.width, "QMAX": self.qmax, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
         grid = (triton.cdiv(self.count, config.block_m),)
         (run or (lambda plain: plain))(kernel)[grid](
