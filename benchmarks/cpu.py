@@ -136,15 +136,17 @@ def _torchao(model: nn.Module) -> Any:
     return torch.compile(model)
 
 
+def _viditq(scheme: str, model: nn.Module) -> Any:
+    return torch.compile(model, backend="viditq", options={"scheme": scheme})
+
+
+SCHEMES = ("w8a8", "w8a7", "w4a8", "w4a8-g128", "w8a8-rot", "w4a8-rot", "dvd-w4a8", "dvd-w4a4")
 VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
     "eager fp32": lambda model: model,
     BASELINE: lambda model: torch.compile(model),
     "torch quantize_dynamic": _quantize_dynamic,
     "torchao int8 dynamic, compiled": _torchao,
-    "viditq w8a8": lambda model: torch.compile(model, backend="viditq"),
-    "viditq w8a7": lambda model: torch.compile(model, backend="viditq", options={"scheme": "w8a7"}),
-    "viditq w4a8": lambda model: torch.compile(model, backend="viditq", options={"scheme": "w4a8"}),
-    "viditq w4a8-g128": lambda model: torch.compile(model, backend="viditq", options={"scheme": "w4a8-g128"}),
+    **{f"viditq {scheme}": partial(_viditq, scheme) for scheme in SCHEMES},
 }
 
 
