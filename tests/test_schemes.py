@@ -59,6 +59,7 @@ def test_what_is_no_scheme_says_what_is(name):
         QuantScheme.parse(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ERRORS)
 def test_compiled_is_what_modules_compute(scheme):
     model, inputs = tiny_dit(1), tiny_inputs()
@@ -76,6 +77,7 @@ def test_compiled_is_what_modules_compute(scheme):
     assert sum(m.resident_bytes() for m in layers) >= sum(s.bytes_packed for s in sites) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w4a8-rot", "w8a8-timestep"])
 def test_a_recipe_is_followed_by_both(scheme):
     model, inputs = tiny_dit(1), tiny_inputs()

@@ -86,6 +86,7 @@ def test_the_range_changes_over_the_timesteps(case):
     assert changes.max() > 1.5
 
 
+@pytest.mark.slow
 def test_int8_suffers(case):
     model, stressed, _, noise, condition = case
     want = run(model, noise, condition, 300.0)

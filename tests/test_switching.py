@@ -178,6 +178,7 @@ def sample(run, x, wild=False):
     return outputs
 
 
+@pytest.mark.slow
 def test_one_compiled_pair_follows_the_rule_without_recompiling():
     torch._dynamo.reset()
     model, (x, _) = Denoiser(), tiny_inputs()

@@ -74,6 +74,7 @@ def test_eager_beside_the_call_that_frees_the_plain_memory():
         assert all(relative_error(y, want) < 1e-3 for y in together(lambda turns=turns: next(turns)(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["keep", "release"])
 def test_first_compiled_call(weights):
     for seed in range(3):

@@ -94,6 +94,7 @@ def test_graph_has_packed_inputs_and_joined_projections(scheme):
     assert {slot.form for slot in ctx.weight_slots} == {QuantScheme.parse(scheme).weight_form}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "share"), [("w4a8", 0.27), ("w4a8-g128", 0.28)])
 def test_bytes_against_bf16(scheme, share):
     linear = nn.Linear(1152, 1024, bias=False).requires_grad_(False).bfloat16()
@@ -106,6 +107,7 @@ def test_bytes_against_bf16(scheme, share):
     assert 0 < packed_bytes(linear.weight) <= share * full
 
 
+@pytest.mark.slow
 def test_weights_are_given_back():
     model, inputs = tiny_dit(1), tiny_inputs()
     with torch.no_grad():
@@ -120,6 +122,7 @@ def test_weights_are_given_back():
     assert "4-bit weights with a scale for each 128 input channels" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_state_dict_goes_round(scheme, tmp_path):
     model, other, inputs = tiny_dit(1), tiny_dit(1), tiny_inputs()

@@ -51,6 +51,7 @@ def quantized_and_run():
     return model, x, want, before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 96])
 def test_transposed_weights(width):
     model, x = one(width)
@@ -87,6 +88,7 @@ def test_inference_weights_warn_and_repack_finds_their_writes():
         assert relative_error(call(x), model(x)) < ERROR
 
 
+@pytest.mark.slow
 def test_no_warning_for_weights_that_only_run_under_inference_mode():
     model, x = one()
     with torch.inference_mode(), warnings.catch_warnings():

@@ -197,6 +197,7 @@ def test_a_graph_break_gives_two_graphs():
     assert {(b.name, b.graph) for b in blocks if b.sites} == {("blocks.0", 0), ("blocks.1", 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "in place", "blocks", "wrapped blocks"])
 def test_a_compiled_model_shows_the_graphs_of_the_whole(how):
     model = tiny_dit(2)

@@ -11,6 +11,7 @@ from tests.models.tiny_dits import TINY_DITS
 from viditq_fx.calibration.run import collect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sana", "pixart_sigma"])
 def test_sites_and_ranges_are_those_of_the_model(name):
     dit = TINY_DITS[name]

@@ -179,6 +179,7 @@ def failure(name: str, backend: str) -> Exception:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -196,6 +197,7 @@ def test_what_dynamo_cannot_trace(name, message):
     assert str(ours).splitlines()[0] == str(plain).splitlines()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager_inductor")
 def test_graph_breaks_leave_every_linear_reported():
     """Where Dynamo breaks the graph, each piece is quantized, and roles are found or left open."""

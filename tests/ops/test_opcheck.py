@@ -28,6 +28,7 @@ def test_opcheck(op, sample):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "sample"), CASES, ids=[f"{op.name}-{s.label}" for op, s in CASES])
 def test_aot_dispatch(op, sample):
     torch.library.opcheck(op.overload, sample.args, test_utils=("test_aot_dispatch_dynamic",))

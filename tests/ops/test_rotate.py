@@ -161,6 +161,7 @@ def _inputs(rows):
     return x, w, torch.rand(48, generator=gen) + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["aot_eager", "export"])
 def test_tracers_see_no_constant(route):
     model, inputs = Rotated(), _inputs(3)

@@ -159,6 +159,7 @@ def test_a_write_to_one_part_or_bias_is_noticed():
     assert relative_error(call(x)[0], model(x)[0]) < 0.02
 
 
+@pytest.mark.slow
 def test_release_frees_every_part():
     model, x = Projections().requires_grad_(False), torch.randn(2, 20, K)
     want = model(x)
@@ -233,6 +234,7 @@ class ReadAs(Projections):
         return self.use(x, *(part(x) for part in self.parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("use", "copies"), [(across_rows, 3), (transposed, 1), (attended, 1)])
 def test_a_part_is_copied_where_its_reader_wants_memory_of_its_own(use, copies):
     """A slice of the wide result has other strides than the projection's own: `view` across them raises."""
@@ -271,6 +273,7 @@ def test_a_bias_that_the_graph_writes_is_not_joined_beforehand():
             assert relative_error(got, want) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [1, 2])
 def test_a_weight_joined_here_and_in_another_group_or_alone_there(again):
     """Self-attention, then cross-attention with the same weights."""

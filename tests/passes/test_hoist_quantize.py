@@ -230,6 +230,7 @@ def test_a_write_elsewhere_does_not_matter():
     assert [type(result) for result in results] == [Match]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_cats_of_any_axis_and_order(data):

@@ -12,6 +12,8 @@ from nogpu.interpreter import run_interpreted
 
 from viditq_fx.triton_templates.attention_int8 import AttentionConfig
 
+pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
+
 NEVER = torch.zeros(5, 70, dtype=torch.bool)
 NEVER[1:, ::3] = True  # row 0 may look at nothing
 

@@ -12,6 +12,8 @@ from nogpu.interpreter import run_interpreted
 
 from viditq_fx.triton_templates.base import GemmConfig
 
+pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
+
 
 def tile(m, n, k, group_m=8, swap=False):
     return GemmConfig(block_m=m, block_n=n, block_k=k, num_stages=2, num_warps=4, group_m=group_m, swap=swap)

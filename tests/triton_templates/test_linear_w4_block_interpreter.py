@@ -13,6 +13,8 @@ from nogpu.interpreter import run_interpreted
 from viditq_fx.triton_templates.base import GemmConfig
 from viditq_fx.triton_templates.linear_w4_block import TEMPLATES
 
+pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
+
 CPU = torch.device("cpu")
 OPS = {"w4a8_block": LINEAR_W4A8_BLOCK, "w4a4": LINEAR_W4A4}
 

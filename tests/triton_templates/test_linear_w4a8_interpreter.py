@@ -14,6 +14,8 @@ from nogpu.interpreter import run_interpreted
 from viditq_fx.triton_templates.base import GemmConfig
 from viditq_fx.triton_templates.linear_w4a8 import TEMPLATE, TEMPLATE_GROUPED
 
+pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
+
 CPU = torch.device("cpu")
 
 

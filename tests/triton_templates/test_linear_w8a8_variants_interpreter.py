@@ -13,6 +13,8 @@ from nogpu.interpreter import run_interpreted
 
 from viditq_fx.triton_templates.base import GemmConfig
 
+pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
+
 
 def tile(m, n, k, split=1, group_m=8):
     return GemmConfig(

@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="the kernels are Triton kernels and Triton 
 
 from nogpu.interpreter import run_interpreted
 
+pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
+
 REFERENCES = {
     "norm": NORM_MODULATE_QUANTIZE.reference,
     "activation": ACTIVATION_QUANTIZE.reference,
