@@ -16,10 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
-import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 from gpu_checks import SHAPES, Shape, compiled_checks, correctness, guarded, problem, quantized_linear
 from gpu_schemes import SCHEMES, method_names, scheme_checks, scheme_methods
+from gpu_timing import OPERAND_BYTES, ROOT, Method, environment, graph_of, rotate, save
 from gpu_tuned import PREFIX, tuned_file, tuned_methods
 from gpu_variants import VARIANTS, variant_checks, variant_methods, variant_names
 from torch import Tensor
@@ -46,16 +44,11 @@ from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
 from viditq_fx.triton_templates.base import GemmConfig
 from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, launch
 
-ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "bf16 cuBLAS"
 OURS_COMPILED = "int8 quantize + GEMM, viditq compiled"
-OPERAND_BYTES = 200 << 20
-"""Operands rotate over at least this much memory: more than any L2 (126 MiB on B200)."""
 
 
 # ---------------------------------------------------------------------------------------- methods
-
-Method = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,45 +181,6 @@ def precompile(shapes: list[Shape], configs: tuple[GemmConfig, ...]) -> None:
 # ----------------------------------------------------------------------------------------- timing
 
 
-def graph_of(call: Callable[[int], Method], copies: int, calls: int, pool: Any) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `calls` calls over rotating copies of the operands.
-
-    All graphs of a shape share a memory pool: they run one after another and nobody reads their results.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(min(3, copies)):
-            call(i)()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for i in range(calls):
-            call(i % copies)()
-    return graph
-
-
-def rotate(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Replay each graph once a round: microseconds of one call as 20th, 50th, 80th percentile."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(rounds + 2):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if number >= 2:  # two rounds of warm-up
-                samples[name].append(start.elapsed_time(end) * 1e3 / calls)
-    return {name: _percentiles(times) for name, times in samples.items()}
-
-
-def _percentiles(times: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(times, n=10)
-    return {"p20": cuts[1], "p50": statistics.median(times), "p80": cuts[7], "rounds": len(times)}
-
-
 def time_shape(
     shape: Shape, options: argparse.Namespace, skip: set[str], schemes: list[str], variants: list[str]
 ) -> dict[str, Any]:
@@ -276,31 +230,6 @@ def time_shape(
 
 
 # ------------------------------------------------------------------------------------------- main
-
-
-def environment(commit: str | None) -> dict[str, Any]:
-    """Hardware, versions, commit."""
-    import triton
-
-    known = (
-        commit
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
-    record = {
-        "commit": known or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
-    if torch.cuda.is_available():
-        props = torch.cuda.get_device_properties(0)
-        capability = f"sm_{props.major}{props.minor}"
-        record |= {"device": props.name, "capability": capability, "sms": props.multi_processor_count}
-    return record
 
 
 def arguments() -> argparse.Namespace:
@@ -383,14 +312,6 @@ def main() -> int:
 def right(checks: dict[str, dict[str, str]]) -> list[str]:
     """What was checked and found right in every case."""
     return [name for name, found in checks.items() if set(found.values()) == {"ok"}]
-
-
-def save(record: dict[str, Any], out: Path) -> None:
-    """Write the file whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(out)
 
 
 def show(entry: dict[str, Any], shape: Shape, seconds: float) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import environment, save
 from gpu_checks import sqnr
+from gpu_timing import environment, save
 from torch import Tensor, nn
 
 BASELINE = "bf16 Inductor"
