@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ class Operands:
         w_q, w_scale = quantize_per_channel(w, 8)
         bias = torch.randn(shape.width, device="cuda", dtype=torch.bfloat16)
         return cls(x=x, w=w, bias=bias, x_q=x_q, x_scale=x_scale, w_q=w_q, w_scale=w_scale)
+
+    @property
+    def integers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a kernel takes: both operands with their scales, and the bias."""
+        return self.x_q, self.x_scale, self.w_q, self.w_scale, self.bias
 
 
 def _bf16(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ def methods(shape: Shape, o: list[Operands]) -> dict[str, Callable[[], Callable[
         BASELINE: lambda: lambda i: lambda: F.linear(o[i].x, o[i].w, o[i].bias),
         "bf16 compiled": lambda: compiled(_bf16, "x", "w", "bias"),
         "int8 GEMM only, viditq": lambda: (
-            lambda i: lambda: launch(*(getattr(o[i], name) for name in integers), torch.bfloat16, config=best)
+            lambda i: lambda: launch(*o[i].integers, torch.bfloat16, config=best)
         ),
         "int8 GEMM only, torch._int_mm + scales, compiled": lambda: compiled(_int_mm_with_scales, *integers),
         OURS_COMPILED: lambda: compiled(quantized_linear, "x", "w_q", "w_scale", "bias"),
@@ -137,18 +142,17 @@ def methods(shape: Shape, o: list[Operands]) -> dict[str, Callable[[], Callable[
 
 
 def _sweep() -> Iterator[GemmConfig]:
-    tiles = (
-        {"block_m": 128, "block_n": 128},
-        {"block_m": 128, "block_n": 256},
-        {"block_m": 256, "block_n": 128},
-    )
+    tiles = [
+        GemmConfig(block_m=m, block_n=n, block_k=128, num_stages=3, num_warps=8)
+        for m, n in ((128, 128), (128, 256), (256, 128))
+    ]
     for tile in tiles:
         for depth in (64, 128):
             for stages in (3, 4):
-                yield GemmConfig(**tile, block_k=depth, num_stages=stages, num_warps=8)
+                yield replace(tile, block_k=depth, num_stages=stages)
     for group in (1, 4, 16):
         for tile in tiles[1:]:
-            yield GemmConfig(**tile, block_k=128, num_stages=3, num_warps=8, group_m=group)
+            yield replace(tile, group_m=group)
     yield GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=4, num_warps=4)
     yield GemmConfig(block_m=64, block_n=256, block_k=128, num_stages=4, num_warps=4)
     yield GemmConfig(block_m=64, block_n=256, block_k=128, num_stages=4, num_warps=8)
@@ -166,7 +170,7 @@ def compile_one(shape: Shape, config: GemmConfig) -> None:
         model=shape.model, rows=16 if shape.rows % 16 == 0 else 24, depth=shape.depth, width=shape.width
     )
     o = Operands.make(few)
-    launch(o.x_q, o.x_scale, o.w_q, o.w_scale, o.bias, torch.bfloat16, config=config)
+    launch(*o.integers, torch.bfloat16, config=config)
 
 
 def precompile(shapes: list[Shape], configs: tuple[GemmConfig, ...]) -> None:
@@ -194,15 +198,10 @@ def time_shape(
     if options.write_tuned:
         makers |= tuned_methods(shape, operands, schemes, variants)
     if options.sweep:
-        args = ("x_q", "x_scale", "w_q", "w_scale", "bias")
         for config in SWEEP:
             label = f"sweep {config} s{config.num_stages} w{config.num_warps} g{config.group_m}"
             makers[label] = lambda config=config: (
-                lambda i: (
-                    lambda: launch(
-                        *(getattr(operands[i], name) for name in args), torch.bfloat16, config=config
-                    )
-                )
+                lambda i: lambda: launch(*operands[i].integers, torch.bfloat16, config=config)
             )
     graphs, errors, pool = {}, {}, torch.cuda.graph_pool_handle()
     for name, maker in makers.items():
