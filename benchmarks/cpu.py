@@ -172,6 +172,7 @@ def _prepare(case: str, name: str, make: Callable[[], nn.Module], inputs: tuple[
         row.compile_s = time.perf_counter() - start
         row.kernels = sorted({s.kernel for e in ran for s in e.report.sites if s.kernel})
     except (RuntimeError, ImportError, NotImplementedError) as error:
+        # Raised by torch itself, or a missing torchao: this peer cannot run here, and its row says why.
         row.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return row, None
     return row, run

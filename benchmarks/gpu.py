@@ -16,16 +16,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
-import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 from gpu_checks import SHAPES, Shape, compiled_checks, correctness, guarded, problem, quantized_linear
 from gpu_schemes import SCHEMES, method_names, scheme_checks, scheme_methods
+from gpu_timing import OPERAND_BYTES, ROOT, Method, environment, graph_of, rotate, save
 from gpu_tuned import PREFIX, tuned_file, tuned_methods
 from gpu_variants import VARIANTS, variant_checks, variant_methods, variant_names
 from torch import Tensor
@@ -46,16 +44,11 @@ from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_token
 from viditq_fx.triton_templates.base import GemmConfig
 from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE, launch
 
-ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "bf16 cuBLAS"
 OURS_COMPILED = "int8 quantize + GEMM, viditq compiled"
-OPERAND_BYTES = 200 << 20
-"""Operands rotate over at least this much memory: more than any L2 (126 MiB on B200)."""
 
 
 # ---------------------------------------------------------------------------------------- methods
-
-Method = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +71,11 @@ class Operands:
         w_q, w_scale = quantize_per_channel(w, 8)
         bias = torch.randn(shape.width, device="cuda", dtype=torch.bfloat16)
         return cls(x=x, w=w, bias=bias, x_q=x_q, x_scale=x_scale, w_q=w_q, w_scale=w_scale)
+
+    @property
+    def integers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What a kernel takes: both operands with their scales, and the bias."""
+        return self.x_q, self.x_scale, self.w_q, self.w_scale, self.bias
 
 
 def _bf16(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -132,7 +130,7 @@ def methods(shape: Shape, o: list[Operands]) -> dict[str, Callable[[], Callable[
         BASELINE: lambda: lambda i: lambda: F.linear(o[i].x, o[i].w, o[i].bias),
         "bf16 compiled": lambda: compiled(_bf16, "x", "w", "bias"),
         "int8 GEMM only, viditq": lambda: (
-            lambda i: lambda: launch(*(getattr(o[i], name) for name in integers), torch.bfloat16, config=best)
+            lambda i: lambda: launch(*o[i].integers, torch.bfloat16, config=best)
         ),
         "int8 GEMM only, torch._int_mm + scales, compiled": lambda: compiled(_int_mm_with_scales, *integers),
         OURS_COMPILED: lambda: compiled(quantized_linear, "x", "w_q", "w_scale", "bias"),
@@ -144,18 +142,17 @@ def methods(shape: Shape, o: list[Operands]) -> dict[str, Callable[[], Callable[
 
 
 def _sweep() -> Iterator[GemmConfig]:
-    tiles = (
-        {"block_m": 128, "block_n": 128},
-        {"block_m": 128, "block_n": 256},
-        {"block_m": 256, "block_n": 128},
-    )
+    tiles = [
+        GemmConfig(block_m=m, block_n=n, block_k=128, num_stages=3, num_warps=8)
+        for m, n in ((128, 128), (128, 256), (256, 128))
+    ]
     for tile in tiles:
         for depth in (64, 128):
             for stages in (3, 4):
-                yield GemmConfig(**tile, block_k=depth, num_stages=stages, num_warps=8)
+                yield replace(tile, block_k=depth, num_stages=stages)
     for group in (1, 4, 16):
         for tile in tiles[1:]:
-            yield GemmConfig(**tile, block_k=128, num_stages=3, num_warps=8, group_m=group)
+            yield replace(tile, group_m=group)
     yield GemmConfig(block_m=128, block_n=128, block_k=128, num_stages=4, num_warps=4)
     yield GemmConfig(block_m=64, block_n=256, block_k=128, num_stages=4, num_warps=4)
     yield GemmConfig(block_m=64, block_n=256, block_k=128, num_stages=4, num_warps=8)
@@ -173,7 +170,7 @@ def compile_one(shape: Shape, config: GemmConfig) -> None:
         model=shape.model, rows=16 if shape.rows % 16 == 0 else 24, depth=shape.depth, width=shape.width
     )
     o = Operands.make(few)
-    launch(o.x_q, o.x_scale, o.w_q, o.w_scale, o.bias, torch.bfloat16, config=config)
+    launch(*o.integers, torch.bfloat16, config=config)
 
 
 def precompile(shapes: list[Shape], configs: tuple[GemmConfig, ...]) -> None:
@@ -186,45 +183,6 @@ def precompile(shapes: list[Shape], configs: tuple[GemmConfig, ...]) -> None:
 
 
 # ----------------------------------------------------------------------------------------- timing
-
-
-def graph_of(call: Callable[[int], Method], copies: int, calls: int, pool: Any) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `calls` calls over rotating copies of the operands.
-
-    All graphs of a shape share a memory pool: they run one after another and nobody reads their results.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(min(3, copies)):
-            call(i)()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for i in range(calls):
-            call(i % copies)()
-    return graph
-
-
-def rotate(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Replay each graph once a round: microseconds of one call as 20th, 50th, 80th percentile."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for number in range(rounds + 2):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if number >= 2:  # two rounds of warm-up
-                samples[name].append(start.elapsed_time(end) * 1e3 / calls)
-    return {name: _percentiles(times) for name, times in samples.items()}
-
-
-def _percentiles(times: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(times, n=10)
-    return {"p20": cuts[1], "p50": statistics.median(times), "p80": cuts[7], "rounds": len(times)}
 
 
 def time_shape(
@@ -240,15 +198,10 @@ def time_shape(
     if options.write_tuned:
         makers |= tuned_methods(shape, operands, schemes, variants)
     if options.sweep:
-        args = ("x_q", "x_scale", "w_q", "w_scale", "bias")
         for config in SWEEP:
             label = f"sweep {config} s{config.num_stages} w{config.num_warps} g{config.group_m}"
             makers[label] = lambda config=config: (
-                lambda i: (
-                    lambda: launch(
-                        *(getattr(operands[i], name) for name in args), torch.bfloat16, config=config
-                    )
-                )
+                lambda i: lambda: launch(*operands[i].integers, torch.bfloat16, config=config)
             )
     graphs, errors, pool = {}, {}, torch.cuda.graph_pool_handle()
     for name, maker in makers.items():
@@ -276,31 +229,6 @@ def time_shape(
 
 
 # ------------------------------------------------------------------------------------------- main
-
-
-def environment(commit: str | None) -> dict[str, Any]:
-    """Hardware, versions, commit."""
-    import triton
-
-    known = (
-        commit
-        or subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
-    record = {
-        "commit": known or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
-    if torch.cuda.is_available():
-        props = torch.cuda.get_device_properties(0)
-        capability = f"sm_{props.major}{props.minor}"
-        record |= {"device": props.name, "capability": capability, "sms": props.multi_processor_count}
-    return record
 
 
 def arguments() -> argparse.Namespace:
@@ -383,14 +311,6 @@ def main() -> int:
 def right(checks: dict[str, dict[str, str]]) -> list[str]:
     """What was checked and found right in every case."""
     return [name for name, found in checks.items() if set(found.values()) == {"ok"}]
-
-
-def save(record: dict[str, Any], out: Path) -> None:
-    """Write the file whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(out)
 
 
 def show(entry: dict[str, Any], shape: Shape, seconds: float) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import environment, graph_of, rotate, save
 from gpu_checks import sqnr
+from gpu_timing import environment, graph_of, rotate, save
 from kernels_per_block import BLOCKS, on_device, wan
 from torch import Tensor, nn
 

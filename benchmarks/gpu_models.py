@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import environment, save
 from gpu_checks import sqnr
+from gpu_timing import environment, save
 from torch import Tensor, nn
 
 BASELINE = "bf16 Inductor"
@@ -59,8 +59,9 @@ class Model:
         torch.manual_seed(0)
         made: dict[str, Any] = {}
         for name, shape in self.shapes.items():
-            several = isinstance(shape[0], tuple)
-            tensors = tuple(torch.randn(s, dtype=torch.bfloat16) for s in (shape if several else (shape,)))
+            several = [size for size in shape if isinstance(size, tuple)]
+            sizes = several or [tuple(size for size in shape if isinstance(size, int))]
+            tensors = tuple(torch.randn(size, dtype=torch.bfloat16) for size in sizes)
             made[name] = tensors if several else tensors[0]
         made |= {name: torch.full((self.batch,), 500.0, dtype=torch.bfloat16) for name in self.steps}
         return {**made, **self.others, "return_dict": False}

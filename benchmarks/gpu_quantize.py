@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import OPERAND_BYTES, environment, graph_of, rotate, save
+from gpu_timing import OPERAND_BYTES, environment, graph_of, rotate, save
 from torch import Tensor
 
 from viditq_fx.lowering.inductor_compat import wide_persistent_reductions

@@ -14,7 +14,7 @@ from viditq_fx.lowering.extern_linear import viditq_scaled_mm_linear
 from viditq_fx.ops import LINEAR_W4A4, LINEAR_W4A8_BLOCK, PACK_INT4, QUANTIZE_PER_BLOCK
 from viditq_fx.ops.fp8 import E4M3
 from viditq_fx.ops.pack import pack_int4
-from viditq_fx.ops.weight_forms import linear_of, quantize_input, quantize_weight
+from viditq_fx.ops.weight_forms import Stored, linear_of, quantize_input, quantize_weight
 from viditq_fx.scheme import GROUP, QuantScheme
 from viditq_fx.triton_templates import linear_fp8, linear_w4_block, linear_w4a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, architecture
@@ -136,7 +136,7 @@ def _weight_scheme(name: str) -> QuantScheme:
     return QuantScheme.parse(f"w4a8-g{GROUP}" if kernel.grouped else "w4a8")
 
 
-def _weight(name: str, w: Tensor) -> tuple[Tensor, Tensor]:
+def _weight(name: str, w: Tensor) -> Stored:
     return quantize_weight(w, _weight_scheme(name).weight_form)
 
 

@@ -92,3 +92,62 @@ def test_a_card_with_half_the_multiprocessors_takes_twice_as_long():
 def test_fp32_is_full_precision_at_fp32s_rate():
     p = problem(4608, 3072, 3072, torch.float32)
     assert full_us(p, H200) > 8 * full_us(problem(4608, 3072, 3072), H200)
+
+
+M, K, N, G = 8192, 3072, 3072, 24
+RATE = 4.8e6 * 0.8
+"""Bytes of an H200 in a microsecond."""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "plain", "moved", "launches"),
+    [
+        # Sums that the quantize writes; a pass of its own over the integers, behind a rotation.
+        ("w8a8-asym", "w8a8", 4 * M, 0),
+        ("w6a6-bgr", "w6a6", 4 * M, 0),
+        ("w8a8-rot-asym", "w8a8-rot", M * K + 4 * M, 1),
+        # Sums of blocks; they and the blocks' scales become one number a row.
+        ("w4a8-bgr-block", "w4a8-block", 4 * M * G + 4 * M * (2 * G + 1), 1),
+        # The pass, scales times zero points, the fp32 GEMM of depth 24.
+        (
+            "w4a8-g128-asym",
+            "w4a8-g128",
+            (M * K + 4 * M * G) + 12 * G * N + 4 * (M * G + N * G + M * N),
+            3,
+        ),
+        # Input written in bf16, read by the first thin GEMM; the second writes a result.
+        (
+            "w4a8-svd16",
+            "w4a8",
+            2 * M * K + 2 * (M * K + 16 * K + 16 * M) + 2 * (16 * M + 16 * N + M * N),
+            2,
+        ),
+        ("w4a8-bgr-svd32", "w4a8", 4 * M + 4 * M * K + 64 * K + 2 * 64 * M + 64 * N + 2 * M * N, 2),
+    ],
+)
+def test_zero_points_and_the_branch_take_what_their_kernels_move(scheme, plain, moved, launches):
+    """By hand, where the integer GEMM waits for its products and not for memory: its epilogue reads for free."""
+    p = problem(M, K, N)
+    found = [quantized_us(p, QuantScheme.parse(name), H200, fused=True) for name in (scheme, plain)]
+    assert found[0] - found[1] == pytest.approx(moved / RATE + launches * LAUNCH_US, rel=1e-6)
+
+
+def test_an_epilogue_that_reads_more_tells_where_memory_is_waited_for():
+    rows, width = 16, 132 * 128  # a tile for each multiprocessor
+    p = problem(rows, K, width)
+    w8 = quantized_us(p, W8A8, H200, fused=True)
+    moved = rows * K + width * (K + 4) + 2 * rows * width
+    assert w8 == pytest.approx(moved / RATE + LAUNCH_US)
+    asym = quantized_us(p, QuantScheme.parse("w8a8-asym"), H200, fused=True)
+    # Zero points are read, sums written and read.
+    assert asym - w8 == pytest.approx((4 * width + 4 * rows + 4 * rows) / RATE)
+
+
+def test_readers_share_sums_and_the_inputs_writing_but_not_their_branches():
+    p = problem(M, K, N)
+    for scheme, shared in (
+        ("w8a8-rot-asym", (M * K + 4 * M) / RATE + LAUNCH_US),
+        ("w4a8-svd16", 2 * M * K / RATE),
+    ):
+        one, three = (quantized_us(p, QuantScheme.parse(scheme), H200, fused=True, readers=n) for n in (1, 3))
+        assert one - three == pytest.approx(shared * 2 / 3)

@@ -2,7 +2,10 @@
 
     gemm     = max(tiles in waves x work of one tile / rate, bytes / bandwidth) + launch
     quantize = (bytes read + written) / bandwidth + launch, where its input's producer cannot take it in; else 0
+    zero points: sums of the input's integers, and with groups an fp32 GEMM of them [M, K / 128] x [K / 128, N]
+    low-rank branch: two thin GEMMs, [M, K] x [K, r] and [M, r] x [r, N]
 
+What the last two add is which kernels Inductor generates for `ops/zero_point.py` and `ops/low_rank.py` on CUDA.
 An estimate, made before anything is compiled and with no device at hand: it is to tell clear cases apart. Nothing
 here was measured by this project yet; each number says where it is from.
 
@@ -12,7 +15,7 @@ Legend: M rows (tokens x batch), N output channels, K input channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -155,7 +158,8 @@ def quantized_us(
 ) -> float | None:
     """Microseconds of the linear under `scheme`, quantizing its input included; None where hardware has no such units.
 
-    `fused`: what computes the input takes the quantization in. `readers`: linears that share it.
+    `fused`: what computes the input takes the quantization in. `readers`: linears that share it. The correction by
+    zero points and the low-rank branch are in it.
     """
     rate = device.rates.fp8 if scheme.floating else device.rates.int8
     if rate is None:
@@ -164,14 +168,55 @@ def quantized_us(
     rate *= SCHEME_RATE[stored, scheme.group or scheme.block]
     x_bytes, y_bytes = problem.rows * problem.depth, problem.rows * problem.width * problem.dtype.itemsize
     moved = x_bytes + scheme.weight_form.nbytes(problem.width, problem.depth) + y_bytes
+    # What the epilogue adds to the sums comes from memory: a number a row, or a whole result.
+    if scheme.grid is not None:
+        moved += 4 * problem.rows * (problem.width if scheme.group else 1)
+    if scheme.rank:
+        moved += y_bytes
     gemm = _gemm_us(problem, device, rate, moved, splits=False)
-    return gemm if fused else gemm + _quantize_us(problem, device) / readers
+    once = 0.0 if fused else _quantize_us(problem, device)
+    for part_once, part in (
+        _zero_point_us(problem, scheme, device),
+        _branch_us(problem, scheme, device, fused),
+    ):
+        once, gemm = once + part_once, gemm + part
+    return gemm + once / readers
 
 
 def _quantize_us(problem: Problem, device: Device) -> float:
     """A pass of its own over the input: read in full precision, written in 8 bits with a scale a row."""
     moved = problem.rows * (problem.depth * (problem.dtype.itemsize + 1) + 4)
     return _moving_us(moved, device) + LAUNCH_US
+
+
+def _zero_point_us(problem: Problem, scheme: QuantScheme, device: Device) -> tuple[float, float]:
+    """(what linears with one input share, what each takes) of kernels beside the GEMM: the zero points' correction."""
+    if scheme.grid is None:
+        return 0.0, 0.0
+    groups = -(-problem.depth // GROUP)
+    parts = groups if scheme.group or scheme.block else 1
+    # Inductor's quantize adds up too, over the part of a row that has one scale; behind a rotation it is ours, which
+    # does not: then, and where weights alone have groups, the integers are read once more.
+    again = scheme.rotate or (scheme.group is not None and scheme.block is None)
+    sums = 4 * problem.rows * parts
+    shared = _moving_us(sums + (problem.rows * problem.depth if again else 0), device)
+    shared += LAUNCH_US if again else 0.0
+    if scheme.group is None:
+        # Of blocks, sums times scales are added to one number a row.
+        added = 4 * problem.rows * (2 * groups + 1)
+        return shared + (_moving_us(added, device) + LAUNCH_US if scheme.block else 0.0), 0.0
+    products = _moving_us(12 * groups * problem.width, device) + LAUNCH_US  # scales times zero points
+    return shared, products + full_us(replace(problem, depth=groups, dtype=torch.float32), device)
+
+
+def _branch_us(problem: Problem, scheme: QuantScheme, device: Device, fused: bool) -> tuple[float, float]:
+    """(what linears with one input share, what each takes) of kernels beside the GEMM: the low-rank branch."""
+    if not scheme.rank:
+        return 0.0, 0.0
+    # Where the quantization is taken in, the input in full precision is written for the branch alone.
+    written = problem.rows * problem.depth * problem.dtype.itemsize if fused else 0
+    down, up = replace(problem, width=scheme.rank), replace(problem, depth=scheme.rank)
+    return _moving_us(written, device), full_us(down, device) + full_us(up, device)
 
 
 def _gemm_us(problem: Problem, device: Device, rate: float, moved: float, *, splits: bool) -> float:

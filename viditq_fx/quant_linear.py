@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx.traceback import annotate
 
 from viditq_fx import ops
 from viditq_fx.errors import RecipeError, ViditqError, WeightError
@@ -18,13 +19,15 @@ from viditq_fx.ops.weight_forms import (
     Stored,
     dequantize_weight,
     linear_in_scheme,
+    name_of,
     quantize_input,
     quantize_weight,
     split_branch,
     stored_dtype,
+    why_other_weight,
 )
 from viditq_fx.recipe import SitePlan
-from viditq_fx.scheme import QuantScheme, WeightForm
+from viditq_fx.scheme import SCHEME_MARK, QuantScheme, WeightForm
 from viditq_fx.timestep import Clock
 
 _HOOKS = (
@@ -38,7 +41,7 @@ _OF_THE_WEIGHT = ("_weight_scale", "_weight_zero", "_branch_down", "_branch_up")
 """Buffers that are made of the weight, in the order in which `quantize_weight` returns them."""
 _SAVED = (
     *("weight", "weight_q", *(name[1:] for name in _OF_THE_WEIGHT)),
-    *("input_multiplier", "input_scale", "rotation"),
+    *("input_multiplier", "input_scale", "rotation", "scheme"),
 )
 
 
@@ -89,8 +92,9 @@ class QuantLinear(nn.Module):
     In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one. With 4-bit
     weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
     there is `weight_zero`, shaped as the scales; where the input is balanced or rotated first, `input_multiplier`
-    fp32 [K] and `rotation` int64 [], the block; with a low-rank branch `branch_down` [r, K] and `branch_up` [N, r].
-    A full-precision `weight` in a state dict that is loaded is quantized on the way in.
+    fp32 [K] and `rotation` int64 [], the block; with a low-rank branch `branch_down` [r, K] and `branch_up` [N, r];
+    and `scheme` uint8 [characters], the scheme's name: weights of another scheme are not loaded, of one that differs
+    in the input alone they are. A full-precision `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
     through `.data`) need not reach the layer. Load a state dict to change its weight.
@@ -118,6 +122,7 @@ class QuantLinear(nn.Module):
         (weight_q, scale, *zero), branch = split_branch(stored, plan.scheme.weight_form)
         self.out_features, self.in_features = weight_q.shape[0], in_features
         self.scheme, self.rotation = plan.scheme, plan.rotation
+        self._scheme_name = str(plan.scheme)
         self.weight_dtype = weight_dtype
         self.clock: Clock | None = None
         """Where the range of the timestep is read, for scheme '-timestep'; `quantize_` sets it."""
@@ -195,7 +200,12 @@ class QuantLinear(nn.Module):
         x_q, x_scale = quantize_input(
             x, self.scheme, self._input_multiplier, self.rotation, self._scale_now()
         )
-        return linear_in_scheme(self.scheme, x, x_q, x_scale, self._stored(), self.bias, dtype)
+        arguments = (self.scheme, x, x_q, x_scale, self._stored(), self.bias, dtype)
+        if not torch.compiler.is_compiling():
+            return linear_in_scheme(*arguments)
+        # Ops tell no 6-bit weight from an 8-bit one, nor how a grid was found: reports read the name instead.
+        with annotate({SCHEME_MARK: self._scheme_name}):
+            return linear_in_scheme(*arguments)
 
     @torch.compiler.assume_constant_result  # so Dynamo runs it, and torch 2.11's does not take it for an export
     def _keep_plain_for_export(self) -> bool:
@@ -281,6 +291,7 @@ class QuantLinear(nn.Module):
         destination[prefix + "weight_q"] = self.weight_q
         for name, value in self._vectors().items():
             destination[prefix + name] = value
+        destination[prefix + "scheme"] = name_of(self.scheme)
 
     def _load_from_state_dict(
         self,
@@ -309,7 +320,8 @@ class QuantLinear(nn.Module):
 
     def _load_weight(self, found: dict[str, Tensor], assign: bool) -> str | None:
         """Take what a state dict holds for the weight; returns why not, and then nothing is changed."""
-        problem = self._why_not_load(found, assign)
+        told = found.pop("scheme", None)  # none in what earlier versions saved
+        problem = self._why_not_load(found, assign) or why_other_weight(told, self.scheme)
         if problem is not None:
             return problem
         if "weight" in found:

@@ -23,6 +23,9 @@ _ALIASES = {
 }
 """DVD-Quant: BGR weights (section 3.2) and auto-scaling rotated inputs (3.3), with no data."""
 
+SCHEME_MARK = "viditq_scheme"
+"""Key of `node.meta["custom"]` under which a layer of `quantize_` tells its scheme's name to the graphs it is in."""
+
 SWITCHED = {"dvd-w4a6": ("dvd-w4a4", "dvd-w4a8")}
 """Schemes whose steps run at one of two widths of the input (DVD-Quant section 3.4): low, high; 6 bits on average."""
 

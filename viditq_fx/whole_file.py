@@ -20,6 +20,6 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C leaves nothing behind
         Path(name).unlink(missing_ok=True)
         raise

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from tests.nogpu.fake_cuda import fake_cuda, missing
+from viditq_fx.backend import viditq_backend
 from viditq_fx.graph_edit import copy_graph_module
 from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
@@ -16,6 +17,7 @@ from viditq_fx.passes.roles import linear_input
 from viditq_fx.passes.selection import is_fusible
 from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.scheme import QuantScheme
+from viditq_fx.switching import HIGH, LOW
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -44,6 +46,12 @@ def plan(width, tokens, selection="auto", scheme="w8a8", cc=90, passes=(), capab
         PassPipeline(passes=tuple(passes) or (AnnotateSites(),)).run(graphs[-1], ctx)
         return lambda *args: (torch.empty(1),)
 
+    on_gpu(backend, width, tokens, cc, capability)
+    return ctx, graphs[0]
+
+
+def on_gpu(backend, width, tokens, cc=90, capability=None):
+    """Hand a backend the graph of an Attention in bf16 on a GPU that is not there."""
     with fake_cuda(cc), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         if capability is not None:
             torch.cuda.get_device_capability = lambda device=None: capability  # fake_cuda puts it back
@@ -51,7 +59,6 @@ def plan(width, tokens, selection="auto", scheme="w8a8", cc=90, passes=(), capab
             model = Attention(width).requires_grad_(False)
             x = torch.empty(1, tokens, width, dtype=torch.bfloat16)
         torch.compile(model, backend=backend, fullgraph=True)(x)
-    return ctx, graphs[0]
 
 
 def outcomes(ctx):
@@ -143,6 +150,34 @@ def test_what_a_quantize_fuses_with():
 )
 def test_who_asks_for_memory_or_for_these_sites_gets_it(options, speed):
     assert split_options(options)[0].weighs_speed is speed
+
+
+@pytest.mark.parametrize(
+    ("options", "schemes"),
+    [
+        ({"scheme": "dvd-w4a6"}, ("dvd-w4a4", "dvd-w4a8")),
+        ({"scheme": "w8a8", "low_scheme": "w8a7"}, ("w8a7", "w8a8")),  # each alone would leave sites in bf16
+    ],
+)
+def test_a_switched_pair_quantizes_the_same_sites_and_tells_their_times(options, schemes, monkeypatch):
+    # Inductor's code is tested elsewhere; options, passes and reports are the real ones.
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    pairs = []
+
+    def backend(gm, inputs):
+        pairs.append(viditq_backend(gm, inputs, options={"selection": "auto", **options}))
+        return lambda *args: (torch.empty(1),)
+
+    on_gpu(backend, 256, 1024)
+    reports = [pairs[0]._runs[bits].report for bits in (LOW, HIGH)]
+    assert reports[1] is pairs[0].report
+    for report, scheme in zip(reports, schemes, strict=True):
+        assert {s.fqn: (s.planned, s.done) for s in report.sites} == dict.fromkeys(
+            ("q", "k", "v", "out"), (scheme, scheme)
+        )
+        assert all(s.expected_us > 0 and s.expected_full_us > 0 for s in report.sites)
+        site = report.site("out")
+        assert site.expected_us >= site.expected_full_us, "told, and quantized all the same"
 
 
 def test_the_option_is_checked():

@@ -29,7 +29,7 @@ class OutputFolder:
                 self._made.append(folder)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-        except BaseException:
+        except BaseException:  # also Ctrl-C leaves nothing behind
             self._remove_made()
             raise
         return self

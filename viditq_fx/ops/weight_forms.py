@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from viditq_fx.errors import SchemeError
 from viditq_fx.ops.base import QuantOp
 from viditq_fx.ops.fp8 import E4M3, LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_TOKEN, quantize_fp8_per_channel
 from viditq_fx.ops.grid import dequantize_weight_grid, quantize_weight_grid
@@ -192,3 +193,24 @@ def join_weights(parts: Sequence[Stored]) -> Stored:
     """Stored weights [N_i, ...] -> one stored weight [sum of N_i, ...]."""
     whole, *rest = zip(*parts, strict=True)
     return torch.cat(whole), *(torch.cat(vectors, dim=-1) for vectors in rest)
+
+
+def name_of(scheme: QuantScheme) -> Tensor:
+    """A scheme's name as a state dict holds it: uint8 [characters]."""
+    return torch.tensor(list(str(scheme).encode()), dtype=torch.uint8)
+
+
+def why_other_weight(name: Tensor | None, scheme: QuantScheme) -> str | None:
+    """Why a weight that was saved with this name is not one of `scheme`; None if it is, or was saved without."""
+    if name is None:
+        return None
+    if name.dtype != torch.uint8 or name.dim() != 1 or name.device.type == "meta":
+        return f"scheme: a name in uint8 expected, got {name.dtype} {tuple(name.shape)} on {name.device}"
+    told = bytes(name.tolist()).decode("ascii", "replace")
+    try:
+        same = QuantScheme.parse(told).weight_form == scheme.weight_form
+    except SchemeError as error:
+        return f"scheme: {error}"
+    if same:
+        return None
+    return f"scheme: the saved weight is of {told}, this layer of {scheme}; quantize it as the saved one was"

@@ -23,7 +23,7 @@ from viditq_fx.passes.roles import find_roles, linear_input
 from viditq_fx.passes.selection import weigh
 from viditq_fx.passes.site_plan import site_plan
 from viditq_fx.report import SiteReport
-from viditq_fx.scheme import GROUP, QuantScheme
+from viditq_fx.scheme import GROUP, SCHEME_MARK, QuantScheme
 from viditq_fx.site import Site, fqn_of_source
 
 SITE_KEY = "viditq_site"
@@ -85,10 +85,14 @@ def move_site(old: fx.Node, new: fx.Node, ctx: PassContext) -> None:
 
 
 def scheme_of_linear(node: fx.Node) -> str:
-    """Name of the scheme of a linear of the dialect, as far as its op, what quantizes its input and its scales tell.
+    """Name of the scheme of a linear of the dialect: what the layer told, or in a graph without such marks (one that
+    went through another tracer) as far as its op, what quantizes its input and its scales tell.
 
-    6-bit weights are int8 here, and a refined grid is a grid: they are called w8 and -asym.
+    There 6-bit weights are int8, and a refined grid is a grid: they are called w8 and -asym.
     """
+    told = node.meta.get("custom", {}).get(SCHEME_MARK)
+    if told is not None:
+        return str(told)
     if node.target is LINEAR_W8A8_FP8.overload:
         return "fp8"
     quantize, bits = _input_quantize(node), _BITS[op_name(node)]
