@@ -264,14 +264,16 @@ def counted_waits():
         yield asked
 
 
-@pytest.mark.parametrize("how", ["one tensor", "views of one", "a tensor each", "written in place"])
+@pytest.mark.parametrize(
+    "how", ["one tensor", "views of one", "a tensor each", "written in place", "in place in inference_mode"]
+)
 def test_a_step_waits_once_where_its_calls_share_a_timestep(how):
-    switch, bits, held = BitSwitch(SwitchRule(delta=0.05)), [], torch.empty(2)
-    with counted_waits() as asked:
+    switch, bits = BitSwitch(SwitchRule(delta=0.05)), []
+    with counted_waits() as asked, torch.inference_mode("inference" in how):
+        held = torch.empty(2)
         for step in range(6):
-            if how == "written in place":
-                held.fill_(900.0 - step)
-            base = held if how == "written in place" else torch.full((1,), 900.0 - step)
+            held.fill_(900.0 - step)
+            base = held if "in place" in how else torch.full((1,), 900.0 - step)
             one = base if how != "one tensor" else base.expand(2)
             for size in (1.0, 100.0):
                 each = {"views of one": base.expand(2), "a tensor each": base.clone()}.get(how, one)
@@ -280,7 +282,7 @@ def test_a_step_waits_once_where_its_calls_share_a_timestep(how):
                 bits.append(chosen)
     assert bits == [HIGH] * 4 + [LOW] * 8
     assert len(switch.records) == 6
-    assert asked == ["tolist"] * (12 if how == "a tensor each" else 6)
+    assert asked == ["tolist"] * (12 if how == "a tensor each" or "inference" in how else 6)
 
 
 def test_a_timestep_on_the_host_is_always_read():
