@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -68,10 +69,13 @@ class SwitchingGraph:
 
 def _tensors(result: Any) -> list[Tensor]:
     """The floating-point tensors of a call's result: a tensor, or tensors in tuples, dicts and dataclasses."""
-    leaves = tree_leaves(result)
-    more = [vars(leaf).values() for leaf in leaves if hasattr(leaf, "__dataclass_fields__")]
-    leaves += [value for values in more for value in values]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found: list[Tensor] = []
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif is_dataclass(leaf):
+            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 class _Follower:
