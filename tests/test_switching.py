@@ -1,7 +1,9 @@
 """Delta-guided bit switching: the rule, what a generation is, and one compiled pair that follows it."""
 
 import contextlib
+import copy
 import dataclasses
+import io
 import math
 import threading
 
@@ -392,3 +394,26 @@ def test_a_model_in_pieces_is_followed_by_hooks():
     assert [r.bits for r in vq.step_records(model)][-5:] == bits
     with pytest.raises(ViditqError, match="no timestep"):
         vq.switch_bits(torch.nn.Linear(4, 4))
+
+
+def test_copies_and_pickles_of_a_followed_model_have_generations_of_their_own():
+    model, (x, _) = tiny_dit(1), tiny_inputs()
+    vq.switch_bits(model, delta=0.5)
+
+    def steps(run, *timesteps):
+        with torch.no_grad():
+            for t in timesteps:
+                run(x, torch.full((2,), t))
+        return [(r.generation, r.step) for r in vq.step_records(run)]
+
+    assert steps(model, 900.0, 800.0) == [(0, 0), (0, 1)]
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        assert vq.step_records(other) == []
+        assert steps(other, 700.0, 600.0) == [(0, 0), (0, 1)]
+        vq.switch_bits(other, delta=0.0)
+        assert steps(other, 500.0) == [(0, 0)]
+        assert len(other._forward_pre_hooks) == len(other._forward_hooks) == 1
+    assert steps(model) == [(0, 0), (0, 1)]
