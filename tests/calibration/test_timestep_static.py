@@ -13,6 +13,7 @@ from viditq_fx.calibration.timesteps import range_of
 from viditq_fx.graph_edit import copy_graph_module
 from viditq_fx.lowering import select
 from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.runtime import CompiledGraph
 
 STEPS = [1000.0 - 50 * step for step in range(20)]
 """A sampling, falling; rising is the same backwards, at times in between that calibration never saw."""
@@ -84,15 +85,21 @@ def test_a_sampling_compiles_once_waits_for_nothing_and_reads_its_tables(sampled
         graphs.extend((ours, gm))  # after our passes, and as handed to Inductor
 
         def run(*inputs):
-            if torch.utils._python_dispatch._get_current_dispatch_mode() is None:
-                interpreter = Scales(ours)
-                reference.append(interpreter.run(*inputs)[0])
-                chosen.append(interpreter.chosen)
+            interpreter = Scales(ours)
+            reference.append(interpreter.run(*inputs)[0])
+            chosen.append(interpreter.chosen)
             return compiled.run(*inputs)
 
         return dataclasses.replace(compiled, run=run)
 
+    call = CompiledGraph.__call__
+
+    def watched_call(self, *args):
+        with NoSync():  # from here on: a mode around Dynamo would be a recompile by itself
+            return call(self, *args)
+
     monkeypatch.setattr(select, "compile_with_kernels", watched)
+    monkeypatch.setattr(CompiledGraph, "__call__", watched_call)
     torch._dynamo.reset()
     run = torch.compile(model, backend="viditq", options={"recipe": recipe, "strict": True}, fullgraph=True)
     run(x, at(STEPS[0]))
@@ -102,14 +109,12 @@ def test_a_sampling_compiles_once_waits_for_nothing_and_reads_its_tables(sampled
             for t in times:
                 chosen.clear()
                 got = run(x, at(t))
+                assert reference
                 assert relative_error(got, reference[-1]) < 1e-5
                 (scales,) = chosen
                 assert [table.tolist() for table, _ in scales] == [table.tolist() for table in tables]
                 expected = [[float(table[range_of(recipe.edges, t)])] for table in tables]
                 assert [scale.tolist() for _, scale in scales] == expected
-                with NoSync():
-                    again = run(x, at(t))
-                assert torch.equal(again, got)
     assert len(graphs) == 2
     for gm in graphs:
         names = {str(node.target).rpartition("::")[2] for node in gm.graph.nodes if node.op != "placeholder"}

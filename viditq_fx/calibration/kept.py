@@ -18,12 +18,12 @@ def kept_zeros(
     shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device | str = "cpu"
 ) -> list[Tensor]:
     """One tensor of zeros for each (shape, dtype), all in one block; give the widest dtypes first (alignment)."""
-    device = torch.device(device)
+    place = torch.device(device)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
-    if device.type == "cpu" and sum(sizes) and hasattr(mmap, "MAP_ANONYMOUS"):
+    if place.type == "cpu" and sum(sizes) and hasattr(mmap, "MAP_ANONYMOUS"):
         pages = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block = torch.frombuffer(pages, dtype=torch.uint8)  # holds the pages
     else:
-        block = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        block = torch.zeros(sum(sizes), dtype=torch.uint8, device=place)
     parts = block.split(sizes)
     return [part.view(dtype).view(shape) for part, (shape, dtype) in zip(parts, shapes, strict=True)]

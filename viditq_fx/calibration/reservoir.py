@@ -63,8 +63,10 @@ class Reservoir:
 
     def _take(self, keys: list[float], timesteps: list[float], rows: Tensor) -> None:
         """Put new rows where those stood that they drive out."""
-        if self._held is None:
-            (self._held,) = kept_zeros([((self.size, rows.shape[1]), rows.dtype)], rows.device)
+        held = self._held
+        if held is None:
+            (held,) = kept_zeros([((self.size, rows.shape[1]), rows.dtype)], rows.device)
+            self._held = held
         old = len(self.keys)
         keys, timesteps = self.keys + keys, self.timesteps + timesteps
         order = sorted(range(len(keys)), key=keys.__getitem__)[: self.size]
@@ -74,9 +76,9 @@ class Reservoir:
         places = dict(zip(come, free, strict=False))
         if come:
             device = rows.device
-            target = torch.tensor(list(places.values()), device=self._held.device)
+            target = torch.tensor(list(places.values()), device=held.device)
             chosen = rows[torch.tensor(come, device=device)]
-            self._held[target] = chosen.to(self._held.device, self._held.dtype)
+            held[target] = chosen.to(held.device, held.dtype)
         self._places = [self._places[i] if i < old else places[i - old] for i in order]
         self.keys, self.timesteps = [keys[i] for i in order], [timesteps[i] for i in order]
 
