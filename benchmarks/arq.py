@@ -11,6 +11,7 @@ worst.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -18,7 +19,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cpu import _commit  # the script beside this one
 from stress_error import MODELS, TIMESTEPS  # likewise
 from torch import Tensor, nn
 
+import viditq_fx as vq
 from benchmarks.stress import stress_
 from viditq_fx.ops.arq_simulation import simulate_printed_input
 from viditq_fx.ops.grid import dequantize_weight_grid, quantize_weight_grid
@@ -34,7 +35,6 @@ from viditq_fx.ops.quantize import dequantize_per_token, quantize_per_token
 from viditq_fx.ops.rotate import rotate, rotate_quantize, rotation_block, transform_weight
 from viditq_fx.ops.static_scale import dequantize_per_block
 from viditq_fx.quality import sqnr_db
-from viditq_fx.runtime import executions
 from viditq_fx.scheme import GROUP
 
 BITS = 4
@@ -73,10 +73,15 @@ def captured(
     model, step = MODELS[name](samples)
     if stressed:
         stress_(model)
-    torch._dynamo.reset()
-    with executions() as ran:
-        step(torch.compile(model, backend="viditq", options={"scheme": "w8a8"}), TIMESTEPS[0])
-    paths = {site.fqn for site in ran[0].report.sites if site.planned}
+    calls: list[tuple[Any, Any]] = []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return model(*args, **kwargs)
+
+    step(noting, TIMESTEPS[0])
+    report = vq.quantize_(copy.deepcopy(model), *calls[0], scheme="w4a8")
+    paths = {site.fqn for site in report.sites if site.done}
     linears = {path: m for path, m in model.named_modules() if path in paths and isinstance(m, nn.Linear)}
     seen: dict[str, list[Tensor]] = defaultdict(list)
     for path, linear in linears.items():
@@ -124,18 +129,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "arq.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    run = partial(measure, samples=options.samples)
-    rows = [row for name in MODELS for stressed in (False, True) for row in run(name, stressed=stressed)]
-    record = {
+    record: dict[str, Any] = {
         "command": f"python benchmarks/arq.py --samples {options.samples}",
         "input_bits": BITS,
         "timesteps": TIMESTEPS,
         "torch": torch.__version__,
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
+        "rows": [],
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name in MODELS:
+        for stressed in (False, True):
+            record["rows"] += measure(name, options.samples, stressed=stressed)
+            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")
     return 0
 

@@ -1,10 +1,11 @@
 """Weight grids compared: error, seconds and memory of min-max, of BGR's bounds alone, and of BGR with either stop rule.
 
-    PYTHONPATH=. python benchmarks/grids.py [--width 256] [--depth 3072] [--no-speed] [--out FILE]
+    PYTHONPATH=. python benchmarks/grids.py [--width 256] [--depth 3072] [--no-speed] [--out FILE]; then with --dense
 
 Synthetic weights: Gaussian; the same with 0.3% of the values times 6; Student-t of 4 degrees. Each at 4 and 8 bits, one
 grid a row and one for each 128 input channels. "mse" is |W - What|^2 / |W|^2 and "ratio" is the squared error over
-that of min-max in the same layout. Seconds are of this process's CPU time on one thread, which others disturb least.
+that of min-max in the same layout; "samples" has its spread over eight seeds. Seconds are of this process's CPU
+time on one thread, which others disturb least.
 
 Speed and memory are of one weight of 3072 x 12288 at 4 bits, each in a process of its own: "wall_s" with one thread and
 with two (that sleep while they wait: OMP_WAIT_POLICY=passive), how much its peak of resident memory rose, the result
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -32,18 +34,22 @@ from viditq_fx.ops.grid import dequantize_weight_grid, fit_weight_grid
 
 METHODS: dict[str, Refinement | None] = {
     "min-max": None,
-    "bounds alone": Refinement(steps=0),
-    "BGR, printed stop": Refinement(stop="printed"),
+    "bounds alone": Refinement(steps=0, neighbours=0),
+    "BGR, printed stop": Refinement(stop="printed", neighbours=0),
+    "BGR, no neighbours": Refinement(neighbours=0),
     "BGR": Refinement(),
     "BGR, 40 steps": Refinement(steps=40),
     "BGR, 1 bound, 40 steps": Refinement(bounds=1, steps=40),
 }
+SEEDS = 8
+FIGURES = {"gaussian": 0.63, "outliers": 0.39, "student": 0.44}
+"""What was asked of n = 10, per row: one numpy sample each, rounded, of the same distributions and size."""
 LARGE = (3072, 12288)
 
 
-def drawn(kind: str, width: int, depth: int) -> Tensor:
+def drawn(kind: str, width: int, depth: int, seed: int = 0) -> Tensor:
     """w [width, depth] of one distribution; the same at every call."""
-    gen = torch.Generator().manual_seed(0)
+    gen = torch.Generator().manual_seed(seed)
     w = torch.randn(width, depth, generator=gen)
     if kind == "outliers":
         return torch.where(torch.rand(width, depth, generator=gen) < 0.003, w * 6, w)
@@ -74,6 +80,52 @@ def errors(width: int, depth: int) -> list[dict[str, Any]]:
                         f"{kind:9} {bits} bits group {group:3}  {method:24} {row['ratio']:.3f}  {seconds:.2f} s"
                     )
     return rows
+
+
+def spread(width: int, depth: int) -> list[dict[str, Any]]:
+    """Squared error over min-max's at 4 bits per row, over samples: mean, standard deviation, least and largest."""
+    rows = []
+    for kind, figure in FIGURES.items():
+        ratios: dict[str, list[float]] = {"BGR, no neighbours": [], "BGR": []}
+        for seed in range(SEEDS):
+            w = drawn(kind, width, depth, seed)
+            base = squared_error(w, 4, 0, None)
+            for method, found in ratios.items():
+                found.append(squared_error(w, 4, 0, METHODS[method]) / base)
+        for method, found in ratios.items():
+            row = {"weights": kind, "method": method, "asked": figure, "seeds": SEEDS}
+            row |= {"mean": statistics.mean(found), "std": statistics.stdev(found)}
+            rows.append(row | {"least": min(found), "largest": max(found)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def dense(width: int, depth: int) -> list[dict[str, Any]]:
+    """BGR beside the best of all zero points -8 .. 7 and 50 steps from min-max's down to a seventh, each least-squares
+    fitted once more: what a grid that crosses zero can reach. 4 bits per row, the first 64 rows of a sample."""
+    rows = []
+    for kind in FIGURES:
+        w = drawn(kind, width, depth)[:64]
+        least_R = torch.full((w.shape[0],), torch.inf)
+        range_R1 = (w.amax(dim=1) - w.amin(dim=1)).unsqueeze(-1)
+        for part in torch.logspace(0, -0.85, 50):
+            for zero in range(-8, 8):
+                scale_R1 = range_R1 / 15 * part
+                d = (w / scale_R1 + zero).round().clamp(-8, 7) - zero
+                fitted_R1 = ((d * w).sum(dim=1) / (d * d).sum(dim=1).clamp(min=1e-9)).unsqueeze(-1)
+                least_R = torch.minimum(least_R, (w - fitted_R1 * d).square().sum(dim=1))
+        base, found = squared_error(w, 4, 0, None), squared_error(w, 4, 0, METHODS["BGR"])
+        row = {"weights": kind, "BGR": found / base, "dense search": float(least_R.double().sum()) / base}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def squared_error(w: Tensor, bits: int, group: int, refinement: Refinement | None) -> float:
+    """|W - What|^2."""
+    q, scale, zero = fit_weight_grid(w, bits, group, refinement)
+    near = dequantize_weight_grid(q, scale, zero, group, torch.float32)
+    return float((w.double() - near.double()).square().sum())
 
 
 def large_in_this_process(method: str, group: int, threads: int) -> dict[str, Any]:
@@ -119,6 +171,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=3072)
     parser.add_argument("--no-speed", action="store_true", help="leave out the large weight")
+    parser.add_argument(
+        "--dense", action="store_true", help="only compare with a dense search; added to --out"
+    )
     parser.add_argument("--large", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grids.json")
     options = parser.parse_args()
@@ -128,7 +183,13 @@ def main() -> int:
             print(json.dumps(large_in_this_process(method, int(group), int(threads))))
             return 0
         torch.set_num_threads(1)
+        if options.dense:
+            record = json.loads(options.out.read_text(encoding="utf-8"))
+            record["dense"] = dense(options.width, options.depth)
+            options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            return 0
         rows = errors(options.width, options.depth)
+        samples = spread(options.width, options.depth)
     record = {
         "command": f"python benchmarks/grids.py --width {options.width} --depth {options.depth}",
         "weights": [options.width, options.depth],
@@ -138,6 +199,7 @@ def main() -> int:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
+        "samples": samples,
         "large": {
             "weight": LARGE,
             "bits": 4,
