@@ -70,6 +70,7 @@ class Ledger:
     _sample: int = 0
     _call: int = 0
     _seen: dict[InputKey, int] = field(default_factory=dict)
+    _ready: dict[tuple[InputKey, int], Statistics] = field(default_factory=dict)
 
     def begin_sample(self, index: int) -> None:
         """What follows belongs to the sample of this index."""
@@ -83,6 +84,17 @@ class Ledger:
         self._time, self._seen = timestep, {}
         self._call += 1
         self.calls += 1
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what this call will keep while no activations are there: see kept.py."""
+        places = [(self._bucket, branch) for branch in range(self.branches)]
+        self._ready = {
+            (key, branch): Statistics.empty(key.depth, next(iter(record.parts.values())).low.device)
+            for key, record in self.inputs.items()
+            for bucket, branch in places
+            if record.parts and (bucket, branch) not in record.parts
+        }
 
     def see(self, key: InputKey, x: Tensor) -> None:
         """Count an input [..., K] of the call. Raises RecipeError where it has no `branches` equal parts."""
@@ -99,7 +111,9 @@ class Ledger:
         for branch, part in enumerate(x_MK.chunk(self.branches)):
             place = self._bucket, branch
             if place not in record.parts:
-                record.parts[place] = Statistics.empty(key.depth, x.device)
+                ready = self._ready.pop((key, branch), None)
+                same = ready is not None and ready.low.device == x.device
+                record.parts[place] = ready if same else Statistics.empty(key.depth, x.device)
             record.parts[place].add(part)
         if self.rows:
             occurrence = self._seen[key] = self._seen.get(key, 0) + 1
