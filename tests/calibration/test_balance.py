@@ -11,7 +11,7 @@ from tests.small_models import tiny_dit
 from viditq_fx.calibration.balance import channel_scale, random_signs
 from viditq_fx.calibration.options import read_options
 from viditq_fx.calibration.run import collect
-from viditq_fx.calibration.trial import Trial
+from viditq_fx.calibration.trial import TRIED_CHANNELS, Trial, spread_rows
 from viditq_fx.ops.rotate import rotate, transform_weight
 from viditq_fx.scheme import QuantScheme
 
@@ -136,6 +136,15 @@ def test_linears_of_one_input_get_one_plan():
     group = found.group("blocks.0.q")
     weights = torch.cat([getattr(model.blocks[0], name).weight for name in "qkv"])
     assert torch.equal(group.weight_amax(), weights.abs().amax(0))
+
+
+@pytest.mark.parametrize("width", [256, 257, 511, 512, 1023])
+def test_the_tried_rows_reach_from_the_first_to_the_last(width):
+    """Fused q, k and v lie one below the other: rows of one end would leave v out."""
+    kept = spread_rows(torch.arange(width)[:, None], TRIED_CHANNELS).flatten()
+    assert (len(kept), int(kept[0]), int(kept[-1])) == (TRIED_CHANNELS, 0, width - 1)
+    steps = kept.diff()
+    assert 1 <= steps.min() <= steps.max() <= steps.min() + 1
 
 
 def test_the_error_of_a_trial_is_that_of_the_linear():
