@@ -45,6 +45,8 @@ _SAVED = (
 )
 
 
+Packed = dict[tuple[int, WeightForm], Stored]
+"""Packed weights by the parameter's id and by what it was packed to: plans of tied weights may differ."""
 _Layer = TypeVar("_Layer", bound="QuantLinear")
 
 
@@ -145,9 +147,9 @@ class QuantLinear(nn.Module):
         linear: nn.Linear,
         scheme: QuantScheme | SitePlan,
         name: str = "linear",
-        packed: dict[int, Stored] | None = None,
+        packed: Packed | None = None,
     ) -> QuantLinear:
-        """Pack a linear; `packed` lets tied weights share one form (keyed by the parameter's id).
+        """Pack a linear; `packed` lets tied weights share what is stored where their plans pack them alike.
 
         `scheme` may be a recipe's plan for it. Raises WeightError when the weight is on `meta` or holds NaN or
         infinity, RecipeError for a plan that does not fit the layer.
@@ -160,24 +162,26 @@ class QuantLinear(nn.Module):
         linear: Any,
         scheme: QuantScheme | SitePlan,
         name: str,
-        packed: dict[int, Stored] | None,
+        packed: Packed | None,
         **options: Any,
     ) -> _Layer:
         weight, memo = linear.weight, packed if packed is not None else {}
         bias: Any = linear.bias
         plan = complete_plan(scheme, weight[0].numel(), name)
+        form = form_of(plan)
+        key = id(weight), form
         # Buffers made under inference_mode could not be loaded into later.
         with torch.inference_mode(False), torch.no_grad():
-            if id(weight) not in memo:
+            if key not in memo:
                 if weight.device.type == "meta":
                     raise WeightError(f"{name}: the weight is on the meta device; load it first")
-                q, *vectors = quantize_weight(weight.detach().flatten(1), form_of(plan))
+                q, *vectors = quantize_weight(weight.detach().flatten(1), form)
                 if not all(bool(torch.isfinite(vector).all()) for vector in vectors):
                     raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
-                memo[id(weight)] = own(q), *vectors
-            layer = cls(memo[id(weight)], bias, plan, weight.dtype, weight[0].numel(), **options)
-        for key in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
-            layer.__dict__[key] = getattr(linear, key)
+                memo[key] = own(q), *vectors
+            layer = cls(memo[key], bias, plan, weight.dtype, weight[0].numel(), **options)
+        for hooks in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
+            layer.__dict__[hooks] = getattr(linear, hooks)
         return layer.train(linear.training)
 
     def _set_key(self, w_NK: Tensor) -> None:

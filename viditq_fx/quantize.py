@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from viditq_fx.errors import OptionError, StrictError, ViditqError
-from viditq_fx.ops.weight_forms import Stored
 from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
@@ -19,7 +18,7 @@ from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.policy import keeps
 from viditq_fx.quant_conv import Convolution, is_linear_layer, quantized_layer, why_not_pointwise
-from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.quant_linear import Packed, QuantLinear
 from viditq_fx.recipe import Recipe
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme
@@ -230,7 +229,7 @@ def why_not_replaced(module: nn.Module) -> str | None:
 def _swap(model: nn.Module, chosen: Mapping[str, nn.Module], options: CompileOptions) -> None:
     """Pack everything first, then replace: a failure half-way leaves the model as it was."""
     made: dict[int, QuantLinear] = {}
-    packed: dict[int, Stored] = {}
+    packed: Packed = {}
     planned = options.recipe.sites if options.recipe is not None else {}
     for path, layer in chosen.items():
         if id(layer) not in made:
