@@ -152,6 +152,8 @@ def test_the_error_of_a_trial_is_that_of_the_linear():
     group = collect(model, calls(model)).group("blocks.0.down")
     multiplier = torch.rand(256) + 0.5
     got = Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64)
+    with torch.autocast("cpu", torch.bfloat16):  # around the whole calibration, as around sampling
+        assert Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64) == got
     x, w = group.reservoir().rows_RK, model.blocks[0].down.weight
     xq, wq = rotate(x, multiplier, 64), transform_weight(w, multiplier, 64)
     xs, ws = (t.abs().amax(1, keepdim=True) / 127 for t in (xq, wq))

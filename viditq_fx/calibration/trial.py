@@ -17,6 +17,7 @@ from torch import Tensor
 
 from viditq_fx.calibration.groups import Group
 from viditq_fx.calibration.timesteps import range_of
+from viditq_fx.ops.linear import without_autocast
 from viditq_fx.ops.quantize import EPS
 from viditq_fx.ops.rotate import rotate
 from viditq_fx.ops.weight_forms import Multiplier, linear_in_scheme, quantize_input, quantize_weight
@@ -41,7 +42,8 @@ class Trial:
         self._x_RK = kept.rows_RK.to(device, torch.float32)[order.to(device)]
         tried = (spread_rows(linear.matrix, TRIED_CHANNELS) for linear in group.linears)
         self._weights = [w_NK.to(device, torch.float32) for w_NK in tried]
-        self._truths = [self._x_RK @ w_NK.t() for w_NK in self._weights]
+        with without_autocast(self._x_RK):
+            self._truths = [self._x_RK @ w_NK.t() for w_NK in self._weights]
 
     def error(self, multiplier_K: Tensor | None, rotation: int) -> float:
         """The module's formula, 0 where nothing is lost."""
