@@ -1,10 +1,12 @@
 """Every kind of scheme end to end: compiled and as modules the same numbers, on integers at every planned site."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import viditq_fx as vq
 from tests.small_models import GEMMS_PER_LAYER, QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
@@ -123,7 +125,63 @@ def test_layers_learn_the_timestep_from_their_model_and_say_so_without():
         assert torch.equal(again(inputs[0], torch.full((2,), 900.0)), high)
         assert not torch.equal(low, high)
     with pytest.raises(RecipeError, match="outside its model"):
-        Clock([0.5], torch.device("cpu")).read()
+        Clock([0.5], torch.device("cpu")).read(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("compiled_layers", [False, True])
+def test_threads_that_sample_with_one_model_have_ranges_of_their_own(compiled_layers):
+    model, (x, _) = tiny_dit(1), tiny_inputs()
+    late, early = torch.full((2,), 900.0), torch.full((2,), 10.0)
+    vq.quantize_(model, args=(x, late), recipe=recipe("w8a8-timestep", input_scale=torch.tensor([0.02, 0.3])))
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    for layer in layers if compiled_layers else ():
+        layer.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        want = model(x, late), model(x, early)
+    other = []
+
+    def in_between(*_):
+        def sample():
+            with torch.no_grad():
+                other.append(model(x, early))
+
+        if not other:
+            other.append(None)
+            thread = threading.Thread(target=sample)
+            thread.start()
+            thread.join()
+
+    layers[0].register_forward_pre_hook(torch.compiler.disable(in_between) if compiled_layers else in_between)
+    model.blocks[0].register_forward_pre_hook(in_between)
+    with torch.no_grad():
+        assert torch.equal(model(x, late), want[0])
+    assert torch.equal(other[1], want[1])
+
+
+def test_edges_go_with_the_layers_and_never_to_meta():
+    with FakeTensorMode():
+        clock, (cpu, cuda) = Clock([0.5], torch.device("cpu")), (torch.device("cpu"), torch.device("cuda", 0))
+        clock.set(torch.ones(2, device=cuda))
+        assert clock.read(cuda).device == cuda  # computed where the timestep is: nothing comes to the host
+        clock.follow(cuda)
+        clock.follow(torch.device("meta"))
+        assert clock.edges.device == cuda
+        clock.set(0.7)
+        assert clock.read(cuda).device == cuda
+        clock.set(torch.ones(2))
+        assert clock.read(cuda).device == cuda
+        assert clock.read(cpu).device == cpu
+
+
+def test_moving_a_quantized_model_moves_its_edges():
+    model, inputs = tiny_dit(1), tiny_inputs()
+    vq.quantize_(model, args=inputs, recipe=recipe("w8a8-timestep", input_scale=torch.tensor([0.02, 0.3])))
+    followed = []
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.clock.follow = followed.append
+    model.to("meta")
+    assert followed == [torch.device("meta")] * QUANTIZED_PER_LAYER
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ class QuantLinear(nn.Module):
             raise RecipeError(
                 f"{self.extra_repr()}: no model tells this layer its timestep; quantize_ the whole model by the recipe"
             )
-        return self._input_scale.index_select(0, self.clock.read())
+        return self._input_scale.index_select(0, self.clock.read(self._input_scale.device))
 
     def _stored(self) -> Stored:
         vectors = (self._weight_zero, self._branch_down, self._branch_up)
@@ -288,6 +288,7 @@ class QuantLinear(nn.Module):
                 if value is not None and old is not None and value.dtype != old.dtype:
                     self._buffers[name] = old.to(value.device)
             self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=key.device)).dtype
+            self._wind_clock()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -348,7 +349,12 @@ class QuantLinear(nn.Module):
                 self._buffers[f"_{name}"] = value.detach()
             else:
                 self._vectors()[name].copy_(value)
+        self._wind_clock()
         return None
+
+    def _wind_clock(self) -> None:
+        if self.clock is not None and self._input_scale is not None:
+            self.clock.follow(self._input_scale.device)
 
     def _vectors(self) -> dict[str, Tensor]:
         """What a state dict holds beside the weight's integers."""

@@ -8,6 +8,7 @@ module that writes the range's number where they read it. Nothing waits for the 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,26 +21,72 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 """What diffusers' models call it, most common first."""
 
 
-class Clock:
-    """The number of the timestep's range in the model's current call: read by every layer with static ranges."""
+class _Call:
+    """What one thread's running call of the model is at."""
 
-    def __init__(self, edges: Sequence[float], device: torch.device) -> None:
-        self.edges = torch.tensor(tuple(edges), dtype=torch.float32, device=device)
+    def __init__(self) -> None:
         self.bucket: Tensor | None = None
 
-    def read(self) -> Tensor:
-        """int64 [1]. Raises RecipeError before the first call of the model that the clock belongs to."""
-        if self.bucket is None:
+
+class _PerThread(threading.local):
+    """A `_Call` for every thread. Dynamo reads through a thread's own attributes, and writes to what they hold."""
+
+    def __init__(self) -> None:
+        self.call = _Call()
+
+
+class Clock:
+    """The number of the timestep's range in the model's current call: read by every layer with static ranges.
+
+    Threads that sample with one model at once have a number each.
+    """
+
+    def __init__(self, edges: Sequence[float], device: torch.device) -> None:
+        self.values = tuple(edges)
+        self.edges = self._on(device)
+        self._now = _PerThread()
+
+    def _on(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
+
+    def read(self, device: torch.device) -> Tensor:
+        """int64 [1] on `device`. Raises RecipeError before this thread's first call of the clock's model."""
+        call = self._now.call
+        if call.bucket is None:
             raise RecipeError(
                 "a layer with input ranges by timestep ran outside its model: call the whole model that "
-                "quantize_ was given, whose timestep argument chooses the range"
+                "quantize_ was given, in the thread that runs its layers: its timestep argument chooses the range"
             )
-        return self.bucket
+        if call.bucket.device != device:  # kept: later layers are there too, unless a model lies on several
+            call.bucket = _moved(call.bucket, device)
+        return call.bucket
 
     def set(self, timestep: Any) -> None:
-        """Note a call's timestep, a number or a tensor of any shape: its largest value counts."""
-        value = torch.as_tensor(timestep, device=self.edges.device)
-        self.bucket = bucket_of(value, self.edges)
+        """Note a call's timestep, a number or a tensor of any shape on any device: its largest value counts."""
+        if not isinstance(timestep, Tensor):
+            timestep = torch.as_tensor(timestep, device=self.edges.device)
+        edges = self.edges
+        if (
+            edges.device != timestep.device
+        ):  # these go where it is: to bring it here could wait for the device
+            edges = _moved(edges, timestep.device)
+        self._now.call.bucket = bucket_of(timestep, edges)
+
+    def follow(self, device: torch.device) -> None:
+        """Keep the edges where the layers are now; not on meta, where a timestep is only to pass by."""
+        if device.type != "meta" and device != self.edges.device:
+            self.edges = self._on(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.values, "device": self.edges.device}  # calls that run are no part of a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["values"], state["device"])
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """A few numbers on another device; nothing waits unless they come from one that is not the CPU."""
+    return value.to(device, non_blocking=value.device.type == "cpu")
 
 
 def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
