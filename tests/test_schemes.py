@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,32 @@ def test_moving_a_quantized_model_moves_its_edges():
             layer.clock.follow = followed.append
     model.to("meta")
     assert followed == [torch.device("meta")] * QUANTIZED_PER_LAYER
+
+
+def test_scales_of_other_ranges_of_the_timestep_are_not_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    models, inputs = [], tiny_inputs()
+    for edges, scales in (((500.0,), [0.02, 0.3]), ((500.0,), [0.1, 0.2]), ((50.0,), [0.05, 0.06])):
+        model = tiny_dit(1)
+        asked = recipe("w8a8-timestep", input_scale=torch.tensor(scales))
+        vq.quantize_(model, args=inputs, recipe=replace(asked, edges=edges))
+        models.append(model)
+    saved, same, other = models
+    save_file(saved.state_dict(), tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    same.load_state_dict(state)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"input_edges: .* between \[500.0\], this model's .* \[50.0\]; quantize it by"
+    ):
+        other.load_state_dict(state)
+    assert all(
+        torch.equal(value, before[key]) for key, value in other.state_dict().items() if "input_scale" in key
+    )
+    with torch.no_grad():
+        assert torch.equal(same(*inputs), saved(*inputs))
+    other.load_state_dict({k: v for k, v in before.items() if not k.endswith("input_edges")})  # as once saved
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ _OF_THE_WEIGHT = ("_weight_scale", "_weight_zero", "_branch_down", "_branch_up")
 """Buffers that are made of the weight, in the order in which `quantize_weight` returns them."""
 _SAVED = (
     *("weight", "weight_q", *(name[1:] for name in _OF_THE_WEIGHT)),
-    *("input_multiplier", "input_scale", "rotation", "scheme"),
+    *("input_multiplier", "input_scale", "input_edges", "rotation", "scheme"),
 )
 
 
@@ -95,8 +95,10 @@ class QuantLinear(nn.Module):
     weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
     there is `weight_zero`, shaped as the scales; where the input is balanced or rotated first, `input_multiplier`
     fp32 [K] and `rotation` int64 [], the block; with a low-rank branch `branch_down` [r, K] and `branch_up` [N, r];
+    `input_scale` fp32 [] or [T] from calibration, with `input_edges` fp32 [T - 1] between the T ranges of the timestep;
     and `scheme` uint8 [characters], the scheme's name: weights of another scheme are not loaded, of one that differs
-    in the input alone they are. A full-precision `weight` in a state dict that is loaded is quantized on the way in.
+    in the input alone they are, and scales of other ranges are not. A full-precision `weight` in a state dict that is
+    loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
     through `.data`) need not reach the layer. Load a state dict to change its weight.
@@ -297,6 +299,8 @@ class QuantLinear(nn.Module):
         for name, value in self._vectors().items():
             destination[prefix + name] = value
         destination[prefix + "scheme"] = name_of(self.scheme)
+        if self.clock is not None:
+            destination[prefix + "input_edges"] = self.clock.saved()
 
     def _load_from_state_dict(
         self,
@@ -325,8 +329,9 @@ class QuantLinear(nn.Module):
 
     def _load_weight(self, found: dict[str, Tensor], assign: bool) -> str | None:
         """Take what a state dict holds for the weight; returns why not, and then nothing is changed."""
-        told = found.pop("scheme", None)  # none in what earlier versions saved
+        told, edges = found.pop("scheme", None), found.pop("input_edges", None)  # earlier versions saved none
         problem = self._why_not_load(found, assign) or why_other_weight(told, self.scheme)
+        problem = problem or (self.clock.why_other(edges) if self.clock is not None else None)
         if problem is not None:
             return problem
         if "weight" in found:

@@ -77,6 +77,22 @@ class Clock:
         if device.type != "meta" and device != self.edges.device:
             self.edges = self._on(device)
 
+    def why_other(self, told: Tensor | None) -> str | None:
+        """Why edges that were saved beside a layer's scales are not these; None if they are, or none were saved."""
+        if told is None or (
+            told.device.type != "meta" and told.tolist() == self._on(torch.device("cpu")).tolist()
+        ):
+            return None
+        theirs = "no values" if told.device.type == "meta" else told.tolist()
+        return (
+            f"input_edges: the saved scales are for ranges of the timestep between {theirs}, this model's are between "
+            f"{list(self.values)}; quantize it by the recipe that was saved"
+        )
+
+    def saved(self) -> Tensor:
+        """The edges as a state dict holds them, fp32 [T - 1]: a tensor of its own for each layer."""
+        return self._on(torch.device("cpu"))
+
     def __getstate__(self) -> dict[str, Any]:
         return {"values": self.values, "device": self.edges.device}  # calls that run are no part of a copy
 
