@@ -11,12 +11,13 @@ from torch._subclasses import FakeTensorMode
 
 import viditq_fx as vq
 from tests.small_models import GEMMS_PER_LAYER, QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
+from viditq_fx.calibration.timesteps import TimestepArgument
 from viditq_fx.errors import OptionError, RecipeError, SchemeError
 from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.runtime import executions
 from viditq_fx.scheme import QuantScheme, available_schemes
-from viditq_fx.timestep import Clock, timestep_name
+from viditq_fx.timestep import Clock, timestep_name, timestep_value
 
 LAYERS = {"q": 64, "k": 64, "v": 64, "out": 64, "up": 64, "down": 256}
 ERRORS = {
@@ -209,6 +210,53 @@ def test_scales_of_other_ranges_of_the_timestep_are_not_loaded(tmp_path):
     with torch.no_grad():
         assert torch.equal(same(*inputs), saved(*inputs))
     other.load_state_dict({k: v for k, v in before.items() if not k.endswith("input_edges")})  # as once saved
+
+
+class ByName(nn.Module):
+    """Takes its timestep as one of any arguments by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_dit(1)
+
+    def forward(self, x, **kw):
+        return self.inner(x, kw["sigma"])
+
+
+def test_what_calibrate_reads_quantize_reads_too():
+    model, (x, _) = ByName(), tiny_inputs()
+    calls = [((x,), {"sigma": torch.full((2,), t)}) for t in (10.0, 900.0)]
+    found = vq.calibrate(
+        model, calls, scheme="w8a8-timestep", timestep="sigma", balance="off", rotation="off", keep="*.q"
+    )
+    assert found.edges == (455.0,)
+    layers = copy.deepcopy(model)
+    vq.quantize_(layers, args=(x,), kwargs={"sigma": torch.full((2,), 900.0)}, recipe=found)
+    with torch.no_grad():
+        for _, kwargs in calls:
+            assert relative_error(layers(x, **kwargs), model(x, **kwargs)) < 0.03
+
+
+def test_one_reader_of_the_timestep_for_positions_and_names():
+    def of(forward):
+        module = nn.Module()
+        module.forward = forward
+        return module
+
+    cases = [
+        (of(lambda x, timestep: x), "timestep", (1, 2), {}, 2),
+        (of(lambda x, timestep: x), "timestep", (1,), {"timestep": 3}, 3),
+        (of(lambda x, timestep=None: x), "timestep", (1,), {}, None),
+        (of(lambda x, *rest, timestep=None: x), "timestep", (1, 9, 9), {}, None),
+        (of(lambda x, **kw: x), "sigma", (1,), {"sigma": 4}, 4),
+        (of(lambda x, **kw: x), "sigma", (1,), {}, None),
+    ]
+    for model, name, args, kwargs, want in cases:
+        assert timestep_name(model, name) == name
+        assert timestep_value(model, name, args, kwargs) == want
+        assert TimestepArgument.of(model, name).read(args, kwargs) == want
+    with pytest.raises(RecipeError, match=r"'sigma' is no argument of Module.forward; it takes x, timestep"):
+        timestep_name(cases[0][0], "sigma")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from viditq_fx.errors import RecipeError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 """What diffusers' models call it, most common first."""
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class _Call:
@@ -111,21 +112,27 @@ def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
 
 
 def timestep_name(model: nn.Module, given: str | None = None) -> str | None:
-    """The parameter of the model's forward that holds the timestep; None where it has none.
+    """The argument of the model's forward that holds the timestep; None where it has none.
 
-    Raises RecipeError where `given` is no parameter of it.
+    Raises RecipeError where `given` is no parameter of it, and it takes no others by name (**kwargs) either.
     """
-    names = inspect.signature(model.forward).parameters
-    if given is not None and given not in names:
-        raise RecipeError(f"timestep={given!r}: {type(model).__name__}.forward takes {', '.join(names)}")
-    return given or next((name for name in TIMESTEP_NAMES if name in names), None)
+    known = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    if given is not None and given not in known and not takes_any:
+        raise RecipeError(
+            f"timestep={given!r} is no argument of {type(model).__name__}.forward; it takes {', '.join(known)}"
+        )
+    return given or next((name for name in TIMESTEP_NAMES if name in known), None)
 
 
 def timestep_value(model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call of the model was given as its timestep; None where it was left out."""
+    """What a call of the model was given as its timestep, by position or by name; None where it was left out."""
     if name in kwargs:
         return kwargs[name]
-    position = list(inspect.signature(model.forward).parameters).index(name)
+    positions = [
+        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in _POSITIONAL
+    ]
+    position = positions.index(name) if name in positions else len(args)
     return args[position] if position < len(args) else None
 
 
