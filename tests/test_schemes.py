@@ -13,6 +13,7 @@ import viditq_fx as vq
 from tests.small_models import GEMMS_PER_LAYER, QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
 from viditq_fx.calibration.timesteps import TimestepArgument
 from viditq_fx.errors import OptionError, RecipeError, SchemeError
+from viditq_fx.passes.dataflow import is_argument, is_constant_argument, source_name
 from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.runtime import executions
@@ -257,6 +258,57 @@ def test_one_reader_of_the_timestep_for_positions_and_names():
         assert TimestepArgument.of(model, name).read(args, kwargs) == want
     with pytest.raises(RecipeError, match=r"'sigma' is no argument of Module.forward; it takes x, timestep"):
         timestep_name(cases[0][0], "sigma")
+
+
+def test_the_graph_tells_an_argument_from_an_entry_of_a_dict():
+    seen = {}
+
+    def backend(gm, inputs):
+        for node in gm.graph.find_nodes(op="placeholder"):
+            seen[source_name(node)] = is_argument(node, "timestep")
+        seen["constant"] = is_constant_argument("timestep")
+        return gm.forward
+
+    t = torch.ones(1)
+
+    def by_name(x, cond, **kwargs):
+        return x + cond["timestep"] + kwargs["timestep"]
+
+    def deeply(x, cond):
+        return x + cond["more"]["timestep"]
+
+    torch.compile(deeply, backend=backend, fullgraph=True)(t, {"more": {"timestep": t + 1}})
+    assert not any(seen.values())
+    seen.clear()
+    torch.compile(by_name, backend=backend, fullgraph=True)(t, {"timestep": t + 1}, timestep=t + 2)
+    assert seen == {
+        "L['x']": False,
+        "L['cond']['timestep']": False,
+        "L['kwargs']['timestep']": True,
+        "constant": False,
+    }
+    seen.clear()
+    torch.compile(lambda x, timestep: x + timestep, backend=backend, fullgraph=True)(t, t + 1)
+    assert seen == {"L['x']": False, "L['timestep']": True, "constant": False}
+    seen.clear()
+    torch.compile(lambda x, timestep: x + timestep, backend=backend, fullgraph=True)(t, 7)
+    assert seen == {"L['x']": False, "constant": True}
+
+
+def test_a_timestep_that_is_a_python_number_is_told_from_a_block():
+    class Numbered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_dit(1)
+
+        def forward(self, x, timestep):
+            return self.inner(x, torch.full((2,), timestep))
+
+    asked = recipe("w8a8-timestep", input_scale=torch.tensor([0.02, 0.3]))
+    sites = {path.replace("blocks", "inner.blocks"): plan for path, plan in asked.sites.items()}
+    with torch.no_grad(), pytest.raises(Exception, match=r"a Python number: pass a tensor") as caught:
+        compiled(Numbered(), recipe=replace(asked, sites=sites))(tiny_inputs()[0], 500.0)
+    assert "not its blocks" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
