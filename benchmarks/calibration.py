@@ -1,10 +1,17 @@
-"""What calibration costs: the demo's sampling watched, against the same sampling in plain eager fp32.
+"""What calibration costs, in time and in memory, against the same sampling in plain eager fp32.
 
-    PYTHONPATH=. python benchmarks/calibration.py [--digits 20] [--steps 20] [--rounds 5] [--out FILE]
+    PYTHONPATH=. python benchmarks/calibration.py [--model digits|video] [--count 10] [--steps 20] [--batch 10]
+        [--rounds 5] [--schemes w8a8,w4a8-asym] [--out FILE]
 
-Rounds take turns: plain, watched cold (a new watch: tracing included), watched again under the same watch (warm). A
-ratio is the median of the rounds' own ratios, of CPU seconds of this process with one thread: other processes on the
-machine then count little. Planning (the search over alphas and rotations) runs once for each scheme and is told apart.
+Time. Rounds take turns: plain, watched cold (a new watch: tracing included), watched again under the same watch
+(warm), then the whole of `vq.calibrate` for each scheme: tracing, watching, the search of balance and rotation, and
+for a static scheme with rotated sites a second run. A ratio is of CPU seconds of this process, user and system, one
+thread: other processes on the machine then count less than in wall seconds, which stand beside them. The search is
+also told apart, in seconds. Medians over the rounds, with the least and the largest.
+
+Memory. `ru_maxrss`, the largest resident memory of a whole process: a new process loads the model and samples
+plainly, another calibrates over the same samples. Nothing is subtracted, so both hold Python, torch, diffusers and
+the weights; what was there before the first sample is told apart, and so is the size of what calibration keeps.
 """
 
 from __future__ import annotations
@@ -12,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -24,6 +33,7 @@ import torch
 from cpu import RESULTS, _commit, _cpu  # the script beside this one
 
 import viditq_fx as vq
+from viditq_fx.calibration import run as calibration_run
 from viditq_fx.calibration.findings import Findings, observe
 from viditq_fx.calibration.options import read_options
 from viditq_fx.calibration.progress import progress_of
@@ -31,11 +41,25 @@ from viditq_fx.calibration.samples import Samples
 from viditq_fx.calibration.watch import Watch
 from viditq_fx.demo.model import load_digits_dit
 from viditq_fx.demo.sampling import balanced_labels, sample
+from viditq_fx.demo.video import load_video_dit, sample_videos
 
-SCHEMES = ("w8a8", "w4a8", "w8a8-timestep")
+SCHEMES = "w8a8,w4a8-asym,w8a8-timestep"
+MODELS = {"digits": "digits DiT of the demo, fp32", "video": "video DiT (Latte) of moving digits, fp32"}
+MEGABYTE = 1 << 20
 
 
-def seconds(work: Callable[[], Any]) -> tuple[float, float]:
+def subject(options: argparse.Namespace) -> tuple[torch.nn.Module, Callable[[], Any]]:
+    """(the network, a function that draws `count` samples with it)."""
+    labels = balanced_labels(options.count)
+    asked = {"labels": labels, "seed": 0, "steps": options.steps, "batch_size": options.batch}
+    if options.model == "video":
+        video = load_video_dit()
+        return video.transformer, lambda: sample_videos(video, **asked)
+    digits = load_digits_dit()
+    return digits, lambda: sample(digits, **asked)
+
+
+def cost(work: Callable[[], Any]) -> tuple[float, float]:
     """(CPU seconds of this process, wall seconds) of one call."""
     cpu, wall = time.process_time(), time.perf_counter()
     work()
@@ -46,79 +70,158 @@ def nbytes(found: Findings) -> tuple[int, int]:
     """(bytes of statistics, bytes of kept rows)."""
     records = [record for group in found.groups for record in group.inputs]
     parts = [part for record in records for part in record.parts.values()]
-    rows = [record.reservoir.rows_RK for record in records if record.reservoir.rows_RK is not None]
+    rows = [rows for record in records if (rows := record.reservoir.rows_RK) is not None]
     counted = sum(t.numel() * t.element_size() for part in parts for _, t in part.tensors())
     return counted, sum(t.numel() * t.element_size() for t in rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--digits", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "calibration-digits.json")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    model = load_digits_dit()
+def one_round(
+    model: torch.nn.Module, run: Callable[[], Any], schemes: list[str]
+) -> tuple[dict[str, float], Findings]:
+    """Seconds by what was done, and what the watch found."""
+    row: dict[str, float] = {}
 
-    def run() -> None:
-        labels = balanced_labels(options.digits)
-        sample(model, labels=labels, seed=0, steps=options.steps, batch_size=options.digits)
+    def timed(name: str, work: Callable[[], Any]) -> None:
+        row[f"{name}_cpu_s"], row[f"{name}_wall_s"] = cost(work)
 
+    torch._dynamo.reset()
+    timed("plain", run)
     asked = read_options("w8a8", (), None, None)
-    rounds: list[dict[str, float]] = []
-    counted = rows = 0
-    run()
-    for _ in range(options.rounds):
+    found: list[Findings] = []
+    with Watch(model, keep=()) as watch:
+
+        def watched() -> None:
+            found.append(observe(watch, Samples(model, run), asked, progress_of(False), None))
+
+        timed("cold", watched)
+        timed("warm", watched)
+    plan_transform = calibration_run.plan_transform
+    for scheme in schemes:
         torch._dynamo.reset()
-        row: dict[str, float] = {}
-        row["plain_cpu_s"], row["plain_wall_s"] = seconds(run)
-        with Watch(model, keep=()) as watch:
-            findings: list[Findings] = []
+        planning = 0.0
 
-            def watched(watch: Watch = watch, findings: list[Findings] = findings) -> None:
-                findings.append(observe(watch, Samples(model, run), asked, progress_of(False), None))
+        def planned(*args: Any) -> Any:
+            nonlocal planning
+            start = time.process_time()
+            chosen = plan_transform(*args)
+            planning += time.process_time() - start
+            return chosen
 
-            row["cold_cpu_s"], row["cold_wall_s"] = seconds(watched)
-            row["warm_cpu_s"], row["warm_wall_s"] = seconds(watched)
-            counted, rows = nbytes(findings[-1])
-        rounds.append(row)
-        print({name: round(value, 2) for name, value in row.items()}, flush=True)
-    whole = {}
-    for scheme in SCHEMES:
-        torch._dynamo.reset()
-        whole[scheme] = seconds(lambda scheme=scheme: vq.calibrate(model, run, scheme=scheme))[0]
+        calibration_run.plan_transform = planned
+        try:
+            timed(scheme, lambda scheme=scheme: vq.calibrate(model, run, scheme=scheme))
+        finally:
+            calibration_run.plan_transform = plan_transform
+        row[f"{scheme}_planning_cpu_s"] = planning
+    return row, found[-1]
 
-    def ratio(kind: str) -> float:
-        return round(statistics.median(row[f"{kind}_cpu_s"] / row["plain_cpu_s"] for row in rounds), 3)
 
-    plain = statistics.median(row["plain_cpu_s"] for row in rounds)
-    record = {
-        "command": f"python benchmarks/calibration.py --digits {options.digits} --steps {options.steps} "
-        f"--rounds {options.rounds}",
-        "model": "digits DiT of the demo, fp32",
+def peak(options: argparse.Namespace, what: str) -> dict[str, float]:
+    """Megabytes that a new process held before sampling and at most; `what` is "plain" or a scheme."""
+    command = [sys.executable, "-W", "ignore", __file__, "--peak", what, "--model", options.model]
+    for name in ("count", "steps", "batch"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report_peak(options: argparse.Namespace) -> None:
+    """What `peak` starts: sample or calibrate once, and print this process's memory."""
+    model, run = subject(options)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
+    if options.peak == "plain":
+        run()
+    else:
+        vq.calibrate(model, run, scheme=options.peak)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
+    print(json.dumps({"before_MB": round(before, 1), "peak_MB": round(most, 1)}))
+
+
+def ratios(rounds: list[dict[str, float]], name: str) -> dict[str, float]:
+    """Of a part's CPU and wall seconds over the plain run's: median, least and largest of the rounds' own ratios."""
+    found: dict[str, float] = {}
+    for clock in ("cpu", "wall"):
+        values = [row[f"{name}_{clock}_s"] / row[f"plain_{clock}_s"] for row in rounds]
+        for word, pick in (("median", statistics.median), ("least", min), ("largest", max)):
+            found[f"{clock}_{word}"] = round(pick(values), 3)
+    return found
+
+
+def record_of(
+    options: argparse.Namespace,
+    schemes: list[str],
+    rounds: list[dict[str, float]],
+    memory: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """The result file after these rounds."""
+    return {
+        "command": f"python benchmarks/calibration.py --model {options.model} --count {options.count} --steps "
+        f"{options.steps} --batch {options.batch} --rounds {len(rounds)} --schemes {options.schemes}",
+        "model": MODELS[options.model],
         "baseline": "the same sampling, eager fp32",
         "cpu": _cpu(),
         "threads": 1,
+        "load": "other work ran on the machine: CPU seconds are steadier than wall seconds",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "statistics_ratio_tracing_included": ratio("cold"),
-        "statistics_ratio_warm": ratio("warm"),
-        "calibrate_ratio_planning_included": {k: round(v / plain, 3) for k, v in whole.items()},
-        "bytes": {
-            "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "statistics": counted,
-            "rows": rows,
+        "time_ratio": {
+            "watching, tracing included": ratios(rounds, "cold"),
+            "watching, traced before": ratios(rounds, "warm"),
+            **{f"calibrate {scheme}, everything": ratios(rounds, scheme) for scheme in schemes},
         },
-        "rounds": rounds,
+        "planning_cpu_s": {
+            scheme: round(statistics.median(row[f"{scheme}_planning_cpu_s"] for row in rounds), 3)
+            for scheme in schemes
+        },
+        "memory_MB": memory,
+        "memory_ratio": {
+            scheme: round(memory[scheme]["peak_MB"] / memory["plain"]["peak_MB"], 3) for scheme in schemes
+        },
+        "rounds": [{name: round(value, 3) for name, value in row.items()} for row in rounds],
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in record.items() if k != "rounds"}, indent=1))
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="digits")
+    parser.add_argument("--count", type=int, default=10, help="samples, as many as the paper's prompts")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=10, help="samples in a call; guidance doubles its rows")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = read_arguments()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if options.peak:
+        report_peak(options)
+        return 0
+    schemes = options.schemes.split(",")
+    memory = {what: peak(options, what) for what in ("plain", *schemes)}
+    print(memory, flush=True)
+    _, warm_up = subject(argparse.Namespace(**{**vars(options), "steps": 1}))
+    warm_up()
+    model, run = subject(options)
+    out = options.out or RESULTS / f"calibration-{options.model}.json"
+    rounds: list[dict[str, float]] = []
+    for _ in range(options.rounds):
+        row, found = one_round(model, run, schemes)
+        rounds.append(row)
+        print({name: round(value, 2) for name, value in row.items()}, flush=True)
+        record = record_of(options, schemes, rounds, memory)
+        counted, rows = nbytes(found)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        record["bytes"] = {"weights": weights, "statistics": counted, "rows": rows}
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -11,7 +11,7 @@ from benchmarks.quality_rows import FP32, SECTIONS, Row
 
 KINDS = ("plain", "stressed")
 FIGURES = ("step", "samples", "FD", "acc.")
-HEAD = ("row", "bits W / A", "of bf16", *(f"{kind}: {name}" for kind in KINDS for name in FIGURES))
+HEAD = ("row", "bits W / A", *(f"{kind}: {name}" for kind in KINDS for name in FIGURES))
 
 
 def table(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -34,12 +34,12 @@ def table(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def _row(record: Mapping[str, Any], label: str, name: str) -> str:
     by_kind = [record["rows"][kind].get(name) for kind in KINDS]
     some = next(found for found in by_kind if found is not None)
-    cells = [label, "32 / 32", ""]
+    cells = [label, "32 / 32"]
     if name != FP32:
         inputs = "-".join(dict.fromkeys(f"{f['input_bits']:.3g}" for f in by_kind if f is not None))
-        cells = [label, f"{some['weight_bits']:g} / {inputs}", f"{some['bytes_of_bf16']:.3f}x"]
-    for found in by_kind:
-        cells += ["", "", "", ""] if found is None else _figures(found)
+        cells = [label, f"{some['weight_bits']:g} / {inputs}"]
+    for kind, found in zip(KINDS, by_kind, strict=True):
+        cells += ["", "", "", ""] if found is None else _figures(found, record["rows"][kind].get(FP32))
     if record["model"] == "video":
         cells += [
             "" if found is None else f"{100 * mean_of(found['frame_difference']):+.1f}%" for found in by_kind
@@ -47,12 +47,16 @@ def _row(record: Mapping[str, Any], label: str, name: str) -> str:
     return _line(cells)
 
 
-def _figures(found: Mapping[str, Any]) -> list[str]:
-    fd = found["fd"]
+def _figures(found: Mapping[str, Any], full: Mapping[str, Any] | None) -> list[str]:
+    """SQNR of a step and of the samples, FD (and its change against fp32's from the same noise), accuracy."""
+    distance = f"{mean_of(found['fd']):.4g} ± {statistics.stdev(found['fd']):.2g}"
+    if full is not None and full is not found:
+        changes = [100.0 * (own / exact - 1.0) for own, exact in zip(found["fd"], full["fd"], strict=True)]
+        distance += f" ({mean_of(changes):+.1f} ± {statistics.stdev(changes):.1f}%)"
     return [
         _db(found["step_db"]),
         _db(found["sqnr_db"]),
-        f"{mean_of(fd):.3g} ± {statistics.stdev(fd):.2g}",
+        distance,
         f"{mean_of(found['accuracy']):.3f}",
     ]
 

@@ -64,10 +64,17 @@ def test_a_planned_site_in_floating_point_is_an_error(site: SiteReport) -> None:
 
 def test_a_table_has_the_rows_that_were_measured() -> None:
     figures = {"fd": [1.0, 2.0, 3.0], "accuracy": [1.0, 0.5, 0.0], "sqnr_db": [10.0, 20.0, 30.0]}
-    row = {**figures, "step_db": [5.0], "weight_bits": 4.0, "input_bits": 8.0, "bytes_of_bf16": 0.27}
+    row = {
+        **figures,
+        "fd": [2.0, 4.0, 6.0],
+        "step_db": [5.0],
+        "weight_bits": 4.0,
+        "input_bits": 8.0,
+        "bytes_of_bf16": 0.27,
+    }
     full = {**figures, "sqnr_db": [None] * 3, "step_db": [None]}
     record = {"model": "digits", "rows": {"plain": {FP32: full, "w4a8-minmax": row}, "stressed": {}}}
     lines = table(record, rows()).splitlines()
-    assert "| fp32 | 32 / 32 |  | exact | exact | 2 ± 1 | 0.500 |  |  |  |  |" in lines
-    assert "| dynamic per token | 4 / 8 | 0.270x | 5.0 | 20.0 | 2 ± 1 | 0.500 |  |  |  |  |" in lines
+    assert "| fp32 | 32 / 32 | exact | exact | 2 ± 1 | 0.500 |  |  |  |  |" in lines
+    assert "| dynamic per token | 4 / 8 | 5.0 | 20.0 | 4 ± 2 (+100.0 ± 0.0%) | 0.500 |  |  |  |  |" in lines
     assert sum("w4a8" in line.lower() and "MinMax" in line for line in lines) == 2

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import viditq_fx as vq
 from tests.small_models import GEMMS_PER_LAYER, QUANTIZED_PER_LAYER, relative_error, tiny_dit, tiny_inputs
 from viditq_fx.calibration.timesteps import TimestepArgument
+from viditq_fx.demo.model import load_digits_dit
 from viditq_fx.errors import OptionError, RecipeError, SchemeError
+from viditq_fx.ops.packed_weights import packed_bytes
 from viditq_fx.passes.dataflow import is_argument, is_constant_argument, source_name
 from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import Recipe, SitePlan
@@ -362,14 +365,35 @@ def test_options_that_contradict_each_other():
         vq.quantize_(tiny_dit(1), args=tiny_inputs(), scheme="dvd-w4a6")
 
 
+class Executed(TorchDispatchMode):
+    """Notes every product that runs: its op and the dtypes of its two factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if any(part in name for part in ("matmul", "linear_w", "mm", "attention")):
+            # Of a Hadamard matrix all entries are alike, and of a weight none.
+            turns = name == "mm" and args[1].abs().amax() == args[1].abs().amin()
+            self.products.append(("rotation" if turns else name, *(a.dtype for a in args[:2])))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("scheme", ["dvd-w4a4", "dvd-w4a8"])
 def test_the_graph_that_runs_multiplies_integers_at_every_planned_site(monkeypatch, scheme):
     """What is given to Inductor: one GEMM of 4-bit weights for each planned one, and no float GEMM but those kept."""
-    graphs = []
+    graphs, executed = [], Executed()
 
     def run_as_it_is(self, gm, inputs):
         graphs.append(gm)
-        return gm.forward
+
+        def run(*args):
+            with executed:
+                return gm.forward(*args)
+
+        return run
 
     monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", run_as_it_is)
     with torch.no_grad(), executions() as ran:
@@ -384,9 +408,50 @@ def test_the_graph_that_runs_multiplies_integers_at_every_planned_site(monkeypat
         assert (x.dtype, w.dtype, blocks.shape[-1]) == (torch.int8, torch.uint8, -(-x.shape[-1] // 128))
     floats = [node for node in gm.graph.nodes if node.target is torch.nn.functional.linear]
     assert len(floats) == len(sites) - len(planned)
+    integers = [product for product in executed.products if "s8s4" in product[0]]
+    assert integers == [("matmul_s8s4", torch.int8, torch.uint8)] * len(gemms), "and they were run"
+    others = [name for name, *_ in executed.products if name in ("mm", "addmm", "linear", "linear_w4a8")]
+    assert others == ["addmm"] * len(floats), "and no other linear was"
 
 
 def test_weights_of_a_row_take_at_most_a_quarter_of_bf16_and_their_scales():
-    for name in ("dvd-w4a4", "w4a8"):
+    for name in ("dvd-w4a4", "w4a8", "w4a8-g128-asym"):
         form = QuantScheme.parse(name).weight_form
-        assert form.nbytes(3072, 3072) <= 0.27 * 2 * 3072 * 3072
+        for depth in (128, 1152, 3072):
+            assert form.nbytes(3072, depth) <= 0.27 * 2 * 3072 * depth
+
+
+def test_the_digits_models_weights_take_at_most_27_hundredths_of_bf16(monkeypatch):
+    """Bytes that are held, by the pair of graphs that switches its bits together, down to rows of 128 channels."""
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    model, (noise, digit) = load_digits_dit(), (torch.zeros(2, 1, 32, 32), torch.tensor([1, 7]))
+    run = compiled(model, scheme="dvd-w4a6")
+    held = []
+    for bits in ("high", "low"):
+        with torch.no_grad(), executions() as ran, vq.forced_bits(bits):
+            run(noise, timestep=torch.full((2,), 500.0), class_labels=digit)
+        sites = [site for site in ran[0].report.sites if site.planned]
+        weights = [model.get_parameter(f"{site.fqn}.weight") for site in sites]
+        held.append([packed_bytes(weight) for weight in weights])
+    assert len(weights) >= 36
+    assert min(weight.shape[1] for weight in weights) == 128
+    assert held[0] == held[1], "both widths of the input read one packed weight"
+    for nbytes, weight in zip(held[0], weights, strict=True):
+        assert 0.25 * 2 * weight.numel() < nbytes <= 0.27 * 2 * weight.numel()
+
+
+def test_zero_points_of_older_files_are_read():
+    """They were fp32; a value that no byte holds is refused, and the layer stays as it was."""
+    linear = nn.Linear(64, 24)
+    layer, other = (QuantLinear.from_linear(linear, QuantScheme.parse("dvd-w4a4")) for _ in range(2))
+    saved = layer.state_dict()
+    assert saved["weight_zero"].dtype == torch.int8
+    old = saved | {"weight_zero": saved["weight_zero"].float()}
+    for assign in (False, True):
+        other.load_state_dict(old, assign=assign)
+        assert other.state_dict()["weight_zero"].dtype == torch.int8
+        assert torch.equal(other.weight, layer.weight)
+    for wrong in (0.5, 300.0, float("nan")):
+        with pytest.raises(RuntimeError, match=r"weight_zero: torch\.int8 of shape"):
+            other.load_state_dict(old | {"weight_zero": torch.full((24,), wrong)})
+        assert torch.equal(other.weight, layer.weight)

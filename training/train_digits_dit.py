@@ -28,7 +28,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from digits import describe_hardware, load_digits
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -127,8 +127,8 @@ def build_model(seed: int) -> DiTTransformer2DModel:
 class TrainingState:
     """What a checkpoint keeps: the run goes on from it with the same numbers as without the cut."""
 
-    model: DiTTransformer2DModel
-    ema: DiTTransformer2DModel
+    model: nn.Module
+    ema: nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
     step: int = 0
@@ -136,6 +136,18 @@ class TrainingState:
     losses: list[tuple[int, float]] | None = None
     sittings: list[tuple[int, int]] | None = None
     """The first step of each sitting, and the number of steps that its schedule was made for."""
+
+    def advance(self, config: Any) -> None:
+        """Take one step along the gradients: clip, the step's learning rate, average the weights."""
+        parameters, averages = list(self.model.parameters()), list(self.ema.parameters())
+        nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, config)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1.0 - ema_decay_at(self.step, config))
+        self.step += 1
 
     def save(self, path: Path) -> None:
         """Write the state to `path` at once, so that a cut never leaves half a file."""
@@ -167,9 +179,8 @@ class TrainingState:
         self.losses, self.sittings = saved["losses"], saved["sittings"]
 
 
-def new_state(config: TrainingConfig) -> TrainingState:
-    """Return the state of a run before its first step."""
-    model = build_model(config.seed)
+def new_state(model: nn.Module, config: Any) -> TrainingState:
+    """Return the state of a run of a fresh model before its first step; of `config` it reads the optimizer's fields."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -182,12 +193,21 @@ def new_state(config: TrainingConfig) -> TrainingState:
     return TrainingState(model, ema, optimizer, generator, losses=[], sittings=[])
 
 
+def begin(model: nn.Module, config: Any, checkpoint: Path) -> TrainingState:
+    """Return the state of a run that begins, or goes on from its checkpoint; a sitting begins with it."""
+    state = new_state(model, config)
+    if checkpoint.exists():
+        state.load(checkpoint)
+        print(f"going on from step {state.step} of {checkpoint}", flush=True)
+    if state.step < config.steps and state.sittings is not None:
+        state.sittings.append((state.step, config.steps))
+    return state
+
+
 def train(state: TrainingState, config: TrainingConfig, options: argparse.Namespace) -> None:
     """Run the steps that are left, with a checkpoint every `options.checkpoint_seconds`."""
     images_nchw, labels_n = load_digits()
     forward = torch.compile(state.model) if options.compile else state.model
-    parameters = list(state.model.parameters())
-    averages = list(state.ema.parameters())
     losses = state.losses if state.losses is not None else []
     state.losses = losses
     sum_of_losses, summed = 0.0, 0
@@ -200,14 +220,7 @@ def train(state: TrainingState, config: TrainingConfig, options: argparse.Namesp
             predicted_nchw = forward(noisy_nchw, time_n * 1000.0, label_n, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(predicted_nchw.float(), velocity_nchw)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(state.step, config)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, parameters, 1.0 - ema_decay_at(state.step, config))
-        state.step += 1
+        state.advance(config)
         sum_of_losses, summed = sum_of_losses + loss.item(), summed + 1
         now = time.monotonic()
         state.seconds, clock = state.seconds + now - clock, now
@@ -221,18 +234,21 @@ def train(state: TrainingState, config: TrainingConfig, options: argparse.Namesp
     state.save(options.checkpoint)
 
 
-def export(state: TrainingState, config: TrainingConfig, options: argparse.Namespace) -> None:
-    """Write the averaged weights, the record of the run and its loss curve."""
+def write_weights(state: TrainingState, path: Path, model_config: dict[str, Any], kind: str) -> None:
+    """Write the averaged weights in fp16, with what builds the model: `kind` is its class in diffusers."""
     weights = {name: value.to(torch.float16).contiguous() for name, value in state.ema.state_dict().items()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"config": json.dumps(MODEL_CONFIG), "class": "DiTTransformer2DModel"}
-    save_file(weights, options.output, metadata=metadata)
-    options.output.chmod(0o644)
-    options.results.mkdir(parents=True, exist_ok=True)
-    losses = state.losses or []
-    record = {
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path, metadata={"config": json.dumps(model_config), "class": kind})
+    path.chmod(0o644)
+
+
+def record_of(
+    state: TrainingState, config: Any, model_config: dict[str, Any], **how: object
+) -> dict[str, Any]:
+    """Return what is kept of a run: its settings, hardware (and `how` it was used), versions and losses."""
+    return {
         "training": asdict(config),
-        "model": MODEL_CONFIG,
+        "model": model_config,
         "parameters": sum(p.numel() for p in state.ema.parameters()),
         "steps_done": state.step,
         "sittings": [
@@ -240,15 +256,23 @@ def export(state: TrainingState, config: TrainingConfig, options: argparse.Names
         ],
         "seconds": round(state.seconds, 1),
         "hardware": describe_hardware(),
-        "compiled": options.compile,
-        "bf16_autocast": options.bf16,
+        **how,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         },
-        "loss": [{"step": step, "loss": round(loss, 5)} for step, loss in losses],
+        "loss": [{"step": step, "loss": round(loss, 5)} for step, loss in state.losses or []],
     }
+
+
+def export(state: TrainingState, config: TrainingConfig, options: argparse.Namespace) -> None:
+    """Write the averaged weights, the record of the run and its loss curve."""
+    write_weights(state, options.output, MODEL_CONFIG, "DiTTransformer2DModel")
+    options.results.mkdir(parents=True, exist_ok=True)
+    losses = state.losses or []
+    how = {"compiled": options.compile, "bf16_autocast": options.bf16}
+    record = record_of(state, config, MODEL_CONFIG, **how)
     (options.results / "digits_dit.json").write_text(json.dumps(record, indent=1) + "\n")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([step for step, _ in losses], [loss for _, loss in losses], linewidth=1.0)
@@ -278,12 +302,7 @@ def main() -> None:
     """Train, or go on training, and export."""
     config, options = parse_options()
     torch.set_num_threads(options.threads)
-    state = new_state(config)
-    if options.checkpoint.exists():
-        state.load(options.checkpoint)
-        print(f"going on from step {state.step} of {options.checkpoint}", flush=True)
-    if state.step < config.steps and state.sittings is not None:
-        state.sittings.append((state.step, config.steps))
+    state = begin(build_model(config.seed), config, options.checkpoint)
     train(state, config, options)
     export(state, config, options)
     print(f"wrote {options.output}", flush=True)

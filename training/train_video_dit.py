@@ -15,23 +15,18 @@ last checkpoint when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import matplotlib
 import torch
 from diffusers import LatteTransformer3DModel
-from digits import describe_hardware
 from moving_digits import FRAME_COUNT, FRAME_SIZE, MovingDigits
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_digits_dit import TrainingState, ema_decay_at, learning_rate_at
+from train_digits_dit import TrainingState, begin, record_of, write_weights
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -138,25 +133,9 @@ def draw_batch(
     return noisy_n1fhw, time_n, label_n, noise_n1fhw - clean_n1fhw
 
 
-def new_state(config: VideoTrainingConfig) -> TrainingState:
-    """Return the state of a run before its first step."""
-    model = build_model(config.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    generator = torch.Generator().manual_seed(config.seed)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    return TrainingState(model, ema, optimizer, generator, losses=[], sittings=[])
-
-
 def train(state: TrainingState, config: VideoTrainingConfig, options: argparse.Namespace) -> None:
     """Run the steps that are left, with a checkpoint every `options.checkpoint_seconds`."""
     digits = MovingDigits.load()
-    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
     losses = state.losses if state.losses is not None else []
     state.losses = losses
     recent: list[float] = []
@@ -166,14 +145,7 @@ def train(state: TrainingState, config: VideoTrainingConfig, options: argparse.N
         noisy_n1fhw, time_n, label_n, velocity_n1fhw = draw_batch(digits, config, is_video, state.generator)
         loss = nn.functional.mse_loss(state.model(noisy_n1fhw, time_n, label_n), velocity_n1fhw)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(state.step, config)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, parameters, 1.0 - ema_decay_at(state.step, config))
-        state.step += 1
+        state.advance(config)
         recent.append(loss.item())
         now = time.monotonic()
         state.seconds, clock = state.seconds + now - clock, now
@@ -189,30 +161,10 @@ def train(state: TrainingState, config: VideoTrainingConfig, options: argparse.N
 
 def export(state: TrainingState, config: VideoTrainingConfig, options: argparse.Namespace) -> None:
     """Write the averaged weights and captions, the record of the run and its loss curve."""
-    weights = {name: value.to(torch.float16).contiguous() for name, value in state.ema.state_dict().items()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"config": json.dumps(MODEL_CONFIG), "class": "LatteTransformer3DModel"}
-    save_file(weights, options.output, metadata=metadata)
-    options.output.chmod(0o644)
+    write_weights(state, options.output, MODEL_CONFIG, "LatteTransformer3DModel")
     options.results.mkdir(parents=True, exist_ok=True)
     losses = state.losses or []
-    record = {
-        "training": asdict(config),
-        "model": MODEL_CONFIG,
-        "parameters": sum(p.numel() for p in state.ema.parameters()),
-        "steps_done": state.step,
-        "sittings": [
-            {"first_step": first, "planned_steps": planned} for first, planned in state.sittings or []
-        ],
-        "seconds": round(state.seconds, 1),
-        "hardware": describe_hardware(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        },
-        "loss": [{"step": step, "loss": round(loss, 5)} for step, loss in losses],
-    }
+    record = record_of(state, config, MODEL_CONFIG)
     (options.results / "video_dit.json").write_text(json.dumps(record, indent=1) + "\n")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([step for step, _ in losses], [loss for _, loss in losses], linewidth=1.0)
@@ -244,12 +196,7 @@ def main() -> None:
     """Train, or go on training, and export."""
     config, options = parse_options()
     torch.set_num_threads(options.threads)
-    state = new_state(config)
-    if options.checkpoint.exists():
-        state.load(options.checkpoint)
-        print(f"going on from step {state.step} of {options.checkpoint}", flush=True)
-    if state.step < config.steps and state.sittings is not None:
-        state.sittings.append((state.step, config.steps))
+    state = begin(build_model(config.seed), config, options.checkpoint)
     train(state, config, options)
     export(state, config, options)
     print(f"wrote {options.output}", flush=True)

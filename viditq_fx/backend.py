@@ -65,7 +65,8 @@ def _compile_pair(
 
     assert ours.low_scheme is not None
     # Both quantize the same sites: the high one weighs none either.
-    low = replace(ours, scheme=ours.low_scheme, low_scheme=None, selection="always")
+    recipe = None if ours.recipe is None else ours.recipe.with_inputs_of(ours.low_scheme)
+    low = replace(ours, scheme=ours.low_scheme, recipe=recipe, low_scheme=None, selection="always")
     low_report = CompileReport(scheme=str(low.scheme), device=report.device)
     runs = []
     for options, told in ((low, low_report), (ours, report)):
@@ -107,6 +108,7 @@ def _compile_quantized(
     from viditq_fx.lowering.select import compile_with_kernels
     from viditq_fx.lowering.templates import extra_templates
     from viditq_fx.passes.pipeline import build_pipeline, context_of
+    from viditq_fx.passes.site_plan import unseen_sites
     from viditq_fx.runtime import CompiledGraph
 
     original = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -114,8 +116,10 @@ def _compile_quantized(
     ctx = context_of(ours, report)
     pipeline = build_pipeline(ours, report, _trace)
     pipeline.run(quantized, ctx)
+    unseen = unseen_sites(ours.recipe, report)
+    report.rejects += unseen
     if ours.strict:
-        _raise_refusals(report)
+        _raise_refusals(report, unseen)
     _warn_unmatched(ours.keep, report)
 
     positions = {node.name: index for index, node in enumerate(original)}
@@ -268,7 +272,7 @@ def _refuse_graph(report: CompileReport, reason: str, options: CompileOptions) -
     warnings.warn(f"viditq: compiled by plain Inductor, not quantized: {reason}", stacklevel=2)
 
 
-def _raise_refusals(report: CompileReport) -> None:
+def _raise_refusals(report: CompileReport, unseen: Sequence[str]) -> None:
     refused = [
         entry
         for entry in (*report.sites, *report.attention)
@@ -279,4 +283,9 @@ def _raise_refusals(report: CompileReport) -> None:
         raise StrictError(
             f"strict=True: {len(refused)} planned sites were refused:\n{lines}\n"
             "Name them in options={'keep': [...]} to leave them in full precision on purpose"
+        )
+    if unseen:
+        raise StrictError(
+            f"strict=True: {len(unseen)} linears are not in the recipe:\n  " + "\n  ".join(unseen) + "\n"
+            "Calibrate this model, with samples that reach them, or name them in options={'keep': [...]}"
         )

@@ -120,16 +120,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
             raise OptionError(f"option {key!r} is one of {allowed}, not {ours[key]!r}")
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
-    ours = _switching(ours)
-    recipe = ours.get("recipe")
-    if recipe is not None:
-        scheme = ours.get("scheme", recipe.scheme)
-        if scheme != recipe.scheme and "scheme" in options:
-            raise OptionError(
-                f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
-            )
-        ours |= {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
-    return CompileOptions(**ours), rest
+    return CompileOptions(**_with_recipe(_switching(ours))), rest
 
 
 def unknown_option(key: str, inductor_names: Iterable[str]) -> OptionError:
@@ -160,7 +151,9 @@ def _switching(ours: dict[str, Any]) -> dict[str, Any]:
             "scheme": QuantScheme.parse(pair[1]),
             "low_scheme": ours.get("low_scheme", QuantScheme.parse(pair[0])),
         }
-    low, high = ours.get("low_scheme"), ours.get("scheme", QuantScheme.parse("w8a8"))
+    recipe = ours.get("recipe")
+    default = QuantScheme.parse("w8a8") if recipe is None else recipe.scheme
+    low, high = ours.get("low_scheme"), ours.get("scheme", default)
     if low is None:
         if asked:
             raise OptionError(
@@ -174,6 +167,19 @@ def _switching(ours: dict[str, Any]) -> dict[str, Any]:
     if "bits_schedule" in asked:
         asked["bits_schedule"] = _listed("bits_schedule", asked["bits_schedule"])
     return ours | {"rule": SwitchRule(**{_RULE_OPTIONS[key]: value for key, value in asked.items()})}
+
+
+def _with_recipe(ours: dict[str, Any]) -> dict[str, Any]:
+    """Take the scheme and what is kept from the recipe, if there is one. Raises OptionError for another scheme."""
+    recipe = ours.get("recipe")
+    if recipe is None:
+        return ours
+    scheme = ours.get("scheme", recipe.scheme)
+    if scheme != recipe.scheme:
+        raise OptionError(
+            f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
+        )
+    return ours | {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
 
 
 def _recipe(value: Any) -> Recipe | None:

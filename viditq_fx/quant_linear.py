@@ -88,17 +88,30 @@ def _held(values: Tensor | None, device: torch.device) -> Tensor | None:
     return None if values is None else values.detach().to(device, torch.float32).clone()
 
 
+def _with_narrow_zero(found: dict[str, Tensor], held: Tensor | None) -> dict[str, Tensor]:
+    """A state dict's entries with fp32 zero points, as files of earlier days have, as int8 where the layer holds those.
+
+    Only where that is exact: others stay as they are, and are refused for their dtype.
+    """
+    zero = found.get("weight_zero")
+    if zero is None or held is None or held.dtype != torch.int8 or not zero.is_floating_point():
+        return found
+    if zero.device.type == "meta" or not torch.equal(zero, zero.round().clamp(-128, 127)):
+        return found
+    return found | {"weight_zero": zero.to(torch.int8)}
+
+
 class QuantLinear(nn.Module):
     """x [..., K] -> [..., N] by quantize_per_token and an integer linear; no derivative.
 
     In the state dict: `weight_q` int8 [N, K], `weight_scale` fp32 [N], `bias` [N] where there is one. With 4-bit
     weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
-    there is `weight_zero`, shaped as the scales; where the input is balanced or rotated first, `input_multiplier`
-    fp32 [K] and `rotation` int64 [], the block; with a low-rank branch `branch_down` [r, K] and `branch_up` [N, r];
-    `input_scale` fp32 [] or [T] from calibration, with `input_edges` fp32 [T - 1] between the T ranges of the timestep;
-    and `scheme` uint8 [characters], the scheme's name: weights of another scheme are not loaded, of one that differs
-    in the input alone they are, and scales of other ranges are not. A full-precision `weight` in a state dict that is
-    loaded is quantized on the way in.
+    there is `weight_zero`, shaped as the scales, int8 for 4-bit weights (fp32 ones of older files are read too); where
+    the input is balanced or rotated first, `input_multiplier` fp32 [K] and `rotation` int64 [], the block; with a
+    low-rank branch `branch_down` [r, K] and `branch_up` [N, r]; `input_scale` fp32 [] or [T] from calibration, with
+    `input_edges` fp32 [T - 1] between the T ranges of the timestep; and `scheme` uint8 [characters], the scheme's name:
+    weights of another scheme are not loaded, of one that differs in the input alone they are, and scales of other
+    ranges are not. A full-precision `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
     through `.data`) need not reach the layer. Load a state dict to change its weight.
@@ -319,6 +332,7 @@ class QuantLinear(nn.Module):
         ours = {prefix + name for name in _SAVED}
         unexpected_keys.extend(key for key in unexpected if key not in ours)
         found = {name: state_dict[prefix + name] for name in _SAVED if prefix + name in state_dict}
+        found = _with_narrow_zero(found, self._weight_zero)
         if "weight" not in found and not {"weight_q", *self._vectors()} <= found.keys():
             missing_keys.extend(prefix + n for n in ("weight_q", *self._vectors()) if n not in found)
             return

@@ -17,6 +17,7 @@ from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import weight_parameter
 from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.policy import keeps
+from viditq_fx.passes.site_plan import unseen_sites
 from viditq_fx.quant_conv import Convolution, is_linear_layer, quantized_layer, why_not_pointwise
 from viditq_fx.quant_linear import Packed, QuantLinear
 from viditq_fx.recipe import Recipe
@@ -68,12 +69,15 @@ def quantize_(
         )
     report = CompileReport(scheme=str(options.scheme), device=_device_of(model))
     plans = _trace(model, args, kwargs or {}, _Capture(options, report))
+    strangers = unseen_sites(options.recipe, report)
+    report.rejects += strangers
     chosen = _choose(model, plans)
     unseen = _unseen(model, plans, options.keep)
     report.rejects += [f"{fqn}: {_UNSEEN}" for fqn in unseen]
     if options.strict:
         sites = (entry for entries in plans.values() for _, entry in entries)
         refused = [f"  {entry.fqn}: {entry.reason}" for entry in sites if entry.planned and entry.reason]
+        refused += [f"  {line}" for line in strangers]
         refused += [f"  {fqn}: {_UNSEEN}; name it in keep= where that is meant" for fqn in unseen]
         if refused:
             raise StrictError(f"strict=True: {len(refused)} sites were refused:\n" + "\n".join(refused))

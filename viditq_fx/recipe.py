@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ class Recipe:
     """Model class, samples, versions, options: plain JSON values."""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(N, K) of every linear that calibration saw, those in full precision too; what `check` compares."""
+
+    def with_inputs_of(self, scheme: QuantScheme) -> Recipe:
+        """The same plans with the input bits of `scheme`: weights, balance and rotation stay as they are.
+
+        Raises RecipeError, naming the site, for input scales from calibration: they are those of other bits.
+        """
+        sites: dict[str, SitePlan] = {}
+        for path, plan in self.sites.items():
+            own = plan.scheme
+            if own is not None and own.calibrated:
+                raise RecipeError(
+                    f"{path}: its input scale comes from calibration for {own}, so its bits cannot change from step to "
+                    "step; calibrate for a scheme without -static and -timestep"
+                )
+            if own is not None and not own.floating:
+                own = replace(own, input_bits=scheme.input_bits)
+            sites[path] = replace(plan, scheme=own)
+        return replace(self, scheme=scheme, sites=sites)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write recipe.json and recipe.safetensors into a folder (docs/recipe_format.md), which is made.

@@ -13,6 +13,8 @@ GROUP = 128
 """Input channels that share one weight scale where a scheme has groups; the last group may be shorter."""
 INT4_MULTIPLE = 128
 """K of 4-bit weights is padded to this: each half of a row is then a whole number of 64-byte tiles."""
+ZERO_BITS = 4
+"""Most bits of weights whose zero points take a byte; those of wider ones are fp32."""
 WEIGHT_BITS = (8, 6, 4)
 INPUT_BITS = (8, 7, 6, 4)
 INPUT_RANGES = ("dynamic", "static", "timestep")
@@ -57,7 +59,8 @@ class WeightForm:
         """Bytes of integers, scales and zero points of a weight [N, K] = [width, depth]."""
         groups = 1 if self.group is None else -(-depth // self.group)
         branch = 2 * self.rank * (width + depth)
-        return width * (self.stored_width(depth) + (4 if self.grid is None else 8) * groups) + branch
+        zero = 0 if self.grid is None else 1 if self.bits <= ZERO_BITS else 4
+        return width * (self.stored_width(depth) + (4 + zero) * groups) + branch
 
 
 def half_width(depth: int) -> int:

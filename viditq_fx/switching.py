@@ -5,7 +5,9 @@
 
 F is the model's output, a step is all calls at one timestep (classifier-free guidance may make two, a branch each). Of
 a step's outputs only this one number is used, one step later: it comes to the host together with the timestep, so a
-step waits for the device once. Until two outputs are there, and for the first `high_first` steps, bits are high.
+step waits for the device once. The calls of a step's other branches wait only where they bring a timestep tensor of
+their own: the one that was read before, unwritten since, is known again without its value. Until two outputs are
+there, and for the first `high_first` steps, bits are high.
 
 A generation is told from the next by its timestep turning back, and from others by thread, shapes and
 `generation(...)`. Where an output is not finite, or grew from nothing, the change counts as infinite: high bits.
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,12 +92,36 @@ class StepRecord:
     """The sum that was compared with delta."""
 
 
+class _Told(NamedTuple):
+    """A timestep that was read from a device: the tensor, kept so that its memory is no other's, and its state."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def by(cls, timestep: Tensor) -> _Told | None:
+        """None where reading again is free (on the host), or a write would go unseen (under inference_mode)."""
+        return None if _on_host(timestep) or timestep.is_inference() else cls(timestep, timestep._version)
+
+    def again(self, timestep: Tensor) -> bool:
+        """Whether this is the same tensor, or the same view of one, with the values that it had."""
+        mine, base = self.tensor, timestep._base
+        view = base is not None and base is mine._base and timestep.data_ptr() == mine.data_ptr()
+        alike = (timestep.shape, timestep.stride()) == (mine.shape, mine.stride())
+        return (timestep is mine or (view and alike)) and timestep._version == self.version
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 @dataclass(kw_only=True)
 class _Generation:
     number: int
     key: object
     step: int = -1
     timestep: float = math.nan
+    told: _Told | None = None
     direction: int = 0
     branch: int = 0
     bits: str = HIGH
@@ -129,15 +156,21 @@ class BitSwitch:
         return sum(r.bits == HIGH for r in records) / len(records) if records else math.nan
 
     def begin(self, timestep: Tensor, shapes: object) -> tuple[str, _Generation]:
-        """(bits of a call, its generation); waits for the device once, for the timestep and the last change."""
+        """(bits of a call, its generation).
+
+        Waits for the device once, for the timestep and the last change; not at all where this timestep was just read.
+        """
         key = (threading.get_ident(), _GENERATION.get(), shapes)
         with self._lock:
             known = self._live.get(key)
-            pending = known.change if known is not None else []
-            now, *change = _to_host(timestep, pending)
+            if known is not None and known.told is not None and known.told.again(timestep):
+                now, change = known.timestep, []
+            else:
+                now, *change = _to_host(timestep, known.change if known is not None else [])
             if known is None or self._is_over(known, now):
                 known = self._new(key)
                 change = []
+            known.told = _Told.by(timestep)
             self._live.move_to_end(key)
             if now == known.timestep:
                 known.branch += 1
@@ -200,9 +233,12 @@ def _change(before: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
 
 
 def _to_host(timestep: Tensor, pending: Sequence[Tensor]) -> list[float]:
-    """[the timestep, change and size of each branch ...]: one transfer."""
+    """[the timestep, change and size of each branch ...]: one transfer, and none for a timestep that is on the host."""
     now = timestep.detach().amax().reshape(1).to(torch.float64)
-    return torch.cat([now, *(part.to(now.device, torch.float64) for part in pending)]).tolist()
+    parts = [part.to(pending[0].device, torch.float64) for part in pending]
+    if parts and parts[0].device != now.device and _on_host(now):
+        return [*now.tolist(), *torch.cat(parts).tolist()]
+    return torch.cat([now, *(part.to(now.device) for part in parts)]).tolist()
 
 
 def _ratio(change: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from viditq_fx.timestep import timestep_name, timestep_value
 _DECIDED: ContextVar[str | None] = ContextVar("viditq_bits", default=None)
 """The bits of the running call of a model that `switch_bits` follows."""
 _GRAPHS: weakref.WeakSet[SwitchingGraph] = weakref.WeakSet()
-_FOLLOWED: weakref.WeakKeyDictionary[nn.Module, _Follower] = weakref.WeakKeyDictionary()
 
 
 class SwitchingGraph:
@@ -68,24 +68,31 @@ class SwitchingGraph:
 
 def _tensors(result: Any) -> list[Tensor]:
     """The floating-point tensors of a call's result: a tensor, or tensors in tuples, dicts and dataclasses."""
-    leaves = tree_leaves(result)
-    more = [vars(leaf).values() for leaf in leaves if hasattr(leaf, "__dataclass_fields__")]
-    leaves += [value for values in more for value in values]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found: list[Tensor] = []
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif is_dataclass(leaf):
+            found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 class _Follower:
-    """Forward hooks that decide for all graphs of a model, which one graph alone does not show."""
+    """Decides for all graphs of a model, which one graph alone does not show, from hooks on its forward.
 
-    def __init__(self, model: nn.Module, rule: SwitchRule, name: str) -> None:
-        self.switch, self._name = BitSwitch(rule), name
-        outside: Any = torch.compiler.disable  # it waits for the device and counts: no part of a graph
-        self._tokens: list[Any] = []
-        self.handles = [
-            model.register_forward_pre_hook(outside(self.before), with_kwargs=True, prepend=True),
-            model.register_forward_hook(outside(self.after), always_call=True),
-        ]
+    A model that is copied or pickled takes its rule along, and none of the generations it was in.
+    """
+
+    def __init__(self, rule: SwitchRule, name: str) -> None:
+        self.follow(rule, name)
         self._running: ContextVar[tuple[Any, Any] | None] = ContextVar("viditq_running", default=None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Follower, (self.switch.rule, self._name)
+
+    def follow(self, rule: SwitchRule, name: str) -> None:
+        """Begin anew, by a rule and the name of the timestep."""
+        self.switch, self._name = BitSwitch(rule), name
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = timestep_value(model, self._name, args, kwargs)
@@ -98,7 +105,7 @@ class _Follower:
         bits, generation = self.switch.begin(torch.as_tensor(timestep), shapes)
         self._running.set((_DECIDED.set(bits), generation))
 
-    def after(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    def after(self, result: Any) -> None:
         running = self._running.get()
         if running is None:  # `before` raised
             return
@@ -107,6 +114,30 @@ class _Follower:
         _DECIDED.reset(token)
         if result is not None:
             self.switch.end(generation, _tensors(result))
+
+
+class _Before:
+    """Classes and no closures, so that models copy and pickle with their hooks."""
+
+    def __init__(self, follower: _Follower) -> None:
+        self.follower = follower
+
+    @torch.compiler.disable  # it waits for the device and counts: no part of a graph
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.follower.before(model, args, kwargs)
+
+
+class _After:
+    def __init__(self, follower: _Follower) -> None:
+        self.follower = follower
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        self.follower.after(result)
+
+
+def _follower_of(model: nn.Module) -> _Follower | None:
+    return next((h.follower for h in model._forward_pre_hooks.values() if isinstance(h, _Before)), None)
 
 
 def switch_bits(
@@ -133,16 +164,21 @@ def switch_bits(
         raise ViditqError(
             f"switch_bits: {type(model).__name__}.forward has no timestep; give its name in timestep="
         )
-    known = _FOLLOWED.get(model)
-    for handle in known.handles if known is not None else ():
-        handle.remove()
-    _FOLLOWED[model] = _Follower(model, rule, name)
+    known = _follower_of(model)
+    if known is not None:
+        known.follow(rule, name)
+        return
+    follower = _Follower(rule, name)
+    before: Any = _Before(follower)  # what torch.compiler.disable makes of a method has no type of use
+    after: Any = _After(follower)
+    model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    model.register_forward_hook(after, always_call=True)
 
 
 def switches(model: nn.Module) -> list[BitSwitch]:
     """What decides the bits of a model's steps: its hooks of `switch_bits`, then one for each graph that ran."""
     model = getattr(model, "_orig_mod", model)
-    followed = _FOLLOWED.get(model)
+    followed = _follower_of(model)
     mine = [graph.switch for graph in _graphs(model)]
     return [*([followed.switch] if followed is not None else []), *mine]
 

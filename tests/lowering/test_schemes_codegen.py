@@ -17,7 +17,7 @@ from nogpu.interpreter import run_interpreted
 from viditq_fx.lowering.inductor_compat import wide_persistent_reductions
 from viditq_fx.lowering.install import install
 from viditq_fx.lowering.kernel_log import kernel_log
-from viditq_fx.ops.weight_forms import linear_of, quantize_input, quantize_weight, stored_dtype
+from viditq_fx.ops.weight_forms import linear_in_scheme, quantize_input, quantize_weight, stored_dtype
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.triton_templates import linear_fp8, linear_w4a8
 
@@ -25,7 +25,11 @@ pytestmark = pytest.mark.slow
 BF16 = torch.bfloat16
 CASES = [(scheme, cc) for scheme in ("w4a8", "w4a8-g128") for cc in (80, 89, 90, 100)]
 CASES += [("fp8", cc) for cc in (89, 90, 100)]
-TEMPLATES = {"w4a8": "linear_w4a8", "w4a8-g128": "linear_w4a8_g128", "fp8": "linear_w8a8_fp8"}
+TEMPLATES = {
+    "w4a8": "linear_w4a8",
+    "w4a8-g128": "linear_w4a8_g128",
+    "fp8": "linear_w8a8_fp8",
+}
 POINTERS = {"w4a8": "'*u8'", "w4a8-g128": "'*u8'", "fp8": "'*fp8e4nv'"}
 """Types of the weight as it is stored."""
 
@@ -43,11 +47,16 @@ class FeedForward(torch.nn.Module):
             stored = torch.empty(shape, dtype=kind, device=device)
             self.register_buffer(f"{name}_q", stored)
             self.register_buffer(f"{name}_scale", torch.empty(*groups, width, device=device))
+            if self.form.grid:
+                zero = torch.empty(*groups, width, dtype=torch.int8, device=device)
+                self.register_buffer(f"{name}_zero", zero)
             self.register_buffer(f"{name}_bias", torch.empty(width, dtype=dtype, device=device))
 
     def linear(self, x, name):
-        weights = (getattr(self, f"{name}_{part}") for part in ("q", "scale", "bias"))
-        return linear_of(self.scheme).overload(*quantize_input(x, self.scheme), *weights, self.dtype)
+        parts = ("q", "scale", *(["zero"] if self.form.grid else []))
+        stored = tuple(getattr(self, f"{name}_{part}") for part in parts)
+        bias = getattr(self, f"{name}_bias")
+        return linear_in_scheme(self.scheme, x, *quantize_input(x, self.scheme), stored, bias, self.dtype)
 
     def forward(self, x, shift, scale, gate):
         h = F.layer_norm(x, (self.dim,)) * (1 + scale) + shift
@@ -58,8 +67,9 @@ class FeedForward(torch.nn.Module):
         torch.manual_seed(0)
         for name, depth in (("up", self.dim), ("down", self.up_q.shape[0])):
             width = getattr(self, f"{name}_q").shape[0]
-            stored, scale = quantize_weight(torch.randn(width, depth) * depth**-0.5, self.form)
-            for part, value in {"q": stored, "scale": scale, "bias": torch.randn(width)}.items():
+            stored = quantize_weight(torch.randn(width, depth) * depth**-0.5, self.form)
+            parts = dict(zip(("q", "scale", "zero"), stored, strict=False))
+            for part, value in (parts | {"bias": torch.randn(width)}).items():
                 getattr(self, f"{name}_{part}").copy_(value)
 
 
@@ -103,6 +113,16 @@ def test_gate_and_residual_are_in_the_store(scheme):
     assert tail.count("tl.store(") == 1
 
 
+def test_zero_points_are_read_in_the_store_a_byte_each():
+    kernels = kernel_sources(generate("w4a8-asym")[0])
+    assert [re.match(r"triton_(\w+?)_fused", name)[1] for name in kernels] == ["per", "tem", "per", "tem"]
+    *_, last = kernels.values()
+    zero = re.search(r"'(in_ptr\d)': '\*i8'", last)[1]
+    tail = last[last.index("y_acc = y_acc *") :]
+    assert f"tl.load({zero} + (tl.broadcast_to(idx_n, " in tail
+    assert tail.count("tl.store(") == 1
+
+
 def test_symbolic_tokens():
     code, _, log = generate("w4a8-g128", dynamic=True)
     templates = [source for name, source in kernel_sources(code).items() if "_tem_" in name]
@@ -112,7 +132,8 @@ def test_symbolic_tokens():
 
 
 @pytest.mark.parametrize(
-    ("scheme", "cc"), [("w4a8", 90), ("w4a8-g128", 90), ("w4a8", 80), ("w4a8-g128", 80), ("fp8", 90)]
+    ("scheme", "cc"),
+    [("w4a8", 90), ("w4a8-g128", 90), ("w4a8", 80), ("w4a8-g128", 80), ("w4a8-asym", 90), ("fp8", 90)],
 )
 def test_generated_code_computes_the_reference(scheme, cc, tmp_path):
     """The whole wrapper in Triton's interpreter: ragged M, N and K, swapped tiles (sm_90) and plain ones."""

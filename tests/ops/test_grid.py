@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from viditq_fx.ops import grid as grid_module
+from viditq_fx.ops import grid_rows
 from viditq_fx.ops.grid import GRIDS, dequantize_weight_grid, quantize_weight_grid
-from viditq_fx.ops.grid_rows import LARGEST_ZERO
+from viditq_fx.ops.grid_rows import largest_zero
 from viditq_fx.ops.quantize import EPS
 
 
@@ -38,17 +39,19 @@ def per_column(statistic, depth, group):
 @given(weights(), st.integers(2, 8), st.sampled_from([0, 1, 4, 7, 64]))
 def test_error_is_at_most_half_a_step_and_the_step_is_the_range_in_levels(w, bits, group):
     near, q, scale, zero = there_and_back(w, bits, group)
-    assert (q.dtype, scale.dtype, zero.dtype) == (torch.int8, torch.float32, torch.float32)
+    stored = torch.int8 if bits <= 4 else torch.float32
+    assert (q.dtype, scale.dtype, zero.dtype) == (torch.int8, torch.float32, stored)
     assert -(2 ** (bits - 1)) <= int(q.min()) <= int(q.max()) < 2 ** (bits - 1)
-    assert torch.equal(zero, zero.round())
-    assert zero.abs().max() <= LARGEST_ZERO + 2 ** (bits - 1)
+    assert torch.equal(zero, zero.float().round())
+    assert zero.float().abs().max() <= largest_zero(bits) + 2 ** (bits - 1)
     step = per_column(scale, w.shape[1], group)
     # fp32 places w / s + z to 1/128 of a step where z is as large as it gets.
     assert ((near - w.float()).abs() <= step * (0.5 + 1 / 64)).all()
     for g in range(0, w.shape[1], group or w.shape[1]):
         part = w[:, g : g + (group or w.shape[1])].double()
         largest, span = part.abs().amax(1), part.amax(1) - part.amin(1)
-        want = torch.maximum(span / (2**bits - 1), largest / LARGEST_ZERO).clamp(min=EPS / (2**bits - 1))
+        steps = torch.where(span == 0, 64.0 if bits <= 4 else 2.0**16, largest_zero(bits))
+        want = torch.maximum(span / (2**bits - 1), largest / steps).clamp(min=EPS / (2**bits - 1))
         got = scale[g // group] if group else scale
         assert torch.allclose(got.double(), want, rtol=1e-6, atol=0)
 
@@ -65,11 +68,45 @@ def test_the_paper_by_hand():
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_row_that_does_not_cross_zero_loses_no_level(grid, bits):
     for sign in (1, -1):
-        w = sign * torch.linspace(100, 101, 2000).unsqueeze(0)
+        ends = (100, 101) if bits > 4 else (9, 12)
+        w = sign * torch.linspace(*ends, 2000).unsqueeze(0)
         near, q, scale, _ = there_and_back(w, bits, 0, grid)
         assert len(q.unique()) >= 2**bits - (grid == "bgr")
-        assert (near - w).abs().max() <= scale[0] * 0.55
-        assert scale[0] <= 1.1 / (2**bits - 1)
+        assert (near - w).abs().max() <= scale[0] * (0.55 if grid == "minmax" else 1.1)  # BGR gives up an end
+        assert scale[0] <= 1.1 * (ends[1] - ends[0]) / (2**bits - 1)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_row_of_nearly_one_value_has_a_112th_of_it_as_its_step(grid, bits):
+    """Its zero point would not fit in a byte otherwise; the error is a fifteenth of an ordinary 4-bit row's."""
+    for sign in (1, -1):
+        w = sign * torch.linspace(100, 101, 2000).unsqueeze(0)
+        near, _, scale, zero = there_and_back(w, bits, 0, grid)
+        assert zero.dtype == torch.int8
+        assert (near - w).abs().max() <= 101 / 224 * 1.001
+        assert 100 / 112 <= scale[0] <= 102 / 112
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(), st.integers(2, 4), st.sampled_from([0, 3, 64]), st.sampled_from(GRIDS))
+def test_zero_points_that_fit_in_a_byte_are_those_of_a_wide_grid(w, bits, group, grid):
+    """Bit for bit what fp32 zero points give, in every row (or group) but those that lie far from zero on one side."""
+    q, scale, zero = quantize_weight_grid(w, bits, group, grid)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(grid_rows, "ZERO_BITS", 0)
+        wide_q, wide_scale, wide_zero = quantize_weight_grid(w, bits, group, grid)
+    assert wide_zero.dtype == torch.float32
+    parts = w.double().split(group or w.shape[1], dim=1)
+    if grid == "minmax":
+        ordinary = [(p.amax(1) - p.amin(1)) * 112 > p.abs().amax(1) * (2**bits - 1) * 1.001 for p in parts]
+    else:
+        ordinary = [torch.minimum(-p.amin(1), p.amax(1)) > p.abs().amax(1) / 4 for p in parts]
+    plain = torch.stack(ordinary) if group else ordinary[0]
+    assert torch.equal(scale[plain], wide_scale[plain])
+    assert torch.equal(zero[plain].float(), wide_zero[plain])
+    at = per_column(plain, w.shape[1], group)
+    assert torch.equal(q[at], wide_q[at])
 
 
 @pytest.mark.parametrize("grid", GRIDS)

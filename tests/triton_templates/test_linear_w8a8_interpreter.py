@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="the kernel is a Triton kernel and Triton i
 
 from nogpu.interpreter import run_interpreted
 
-from viditq_fx.triton_templates.base import GemmConfig
+from viditq_fx.lowering.template_text import template_source
+from viditq_fx.triton_templates.base import GemmConfig, helpers_of
 from viditq_fx.triton_templates.linear_w8a8 import TEMPLATE
 
 pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
@@ -85,6 +86,44 @@ def test_no_rows(results):
 
 
 def test_body_ends_before_the_store():
-    assert TEMPLATE.body.startswith("    # Programs walk")
+    assert TEMPLATE.body.startswith("    tile_m, tile_n = grouped_tile(")
     assert TEMPLATE.body.rstrip().endswith("mask = (idx_m < M) & (idx_n < N)")
     assert "tl.store" not in TEMPLATE.body
+
+
+def test_functions_that_a_kernel_calls_go_along_with_its_text():
+    own = """
+@triton.jit
+def kernel(x):
+    return plain(outer(x))
+
+
+@triton.jit
+def outer(x):
+    return inner(x)
+
+
+def plain(x):
+    return x
+"""
+    shared = """
+@triton.jit
+def inner(x):
+    return x
+
+
+@triton.jit
+def outer(x):
+    return "the kernel's own file comes first"
+"""
+    outer, inner = (
+        f"@triton.jit\ndef {name}(x):\n    return {of}"
+        for name, of in (("outer", "inner(x)"), ("inner", "x"))
+    )
+    assert helpers_of((own, shared), "kernel") == f"{outer}\n\n\n{inner}"
+    assert helpers_of((own, shared), "inner") == ""
+    assert [line for line in TEMPLATE.helpers.splitlines() if line.startswith("def ")] == [
+        "def grouped_tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):",
+        "def readable(tile, size, BLOCK: tl.constexpr, EVEN: tl.constexpr):",
+    ]
+    assert template_source(TEMPLATE, 3, has_bias=True).endswith(TEMPLATE.helpers + "\n")

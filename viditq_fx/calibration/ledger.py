@@ -125,8 +125,9 @@ class Ledger:
                 parts.append([self.buckets.items.index(bucket), branch])
                 tensors |= {f"{index}.{number}.{name}": value for name, value in part.tensors()}
             kept = record.reservoir
-            if kept.rows_RK is not None:
-                tensors[f"{index}.rows"] = kept.rows_RK.cpu()
+            rows = kept.rows_RK
+            if rows is not None:
+                tensors[f"{index}.rows"] = rows.cpu()
                 tensors[f"{index}.keys"] = torch.tensor(kept.keys, dtype=torch.float64)
                 tensors[f"{index}.timesteps"] = torch.tensor(kept.timesteps, dtype=torch.float64)
             inputs.append({"sites": record.key.sites, "depth": record.key.depth, "parts": parts})
@@ -160,7 +161,7 @@ class Ledger:
             if f"{index}.rows" in tensors:
                 keys, times = tensors[f"{index}.keys"].tolist(), tensors[f"{index}.timesteps"].tolist()
                 rows = tensors[f"{index}.rows"]
-                record.reservoir.merge(Reservoir(size=self.rows, keys=keys, timesteps=times, rows_RK=rows))
+                record.reservoir.merge(Reservoir.of_rows(self.rows, keys, times, rows))
         for grew, taken in self.buckets.settle():
             self._grow(grew, taken)
 

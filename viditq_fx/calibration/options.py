@@ -75,6 +75,12 @@ def read_options(
 ) -> CalibrationOptions:
     """Options from the arguments of `calibrate`. Raises RecipeError, SchemeError or OptionError for wrong ones."""
     ours, _ = split_options({"scheme": scheme, "keep": keep})
+    if ours.low_scheme is not None:
+        raise RecipeError(
+            f"calibrate: scheme {scheme!r} changes the input's bits from step to step, which calibration has no part "
+            f"in; calibrate(..., scheme={str(ours.scheme)!r}), then compile with options="
+            f"{{'recipe': recipe, 'scheme': {scheme!r}}}"
+        )
     given = {"balance": balance, "alpha": alpha, "alpha_repo": alpha_repo}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:

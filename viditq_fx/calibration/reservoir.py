@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from viditq_fx.calibration.kept import kept_zeros
+
 
 @dataclass(eq=False, kw_only=True)
 class Reservoir:
@@ -24,7 +26,24 @@ class Reservoir:
     size: int
     keys: list[float] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
-    rows_RK: Tensor | None = None
+    _held: Tensor | None = None
+    """[size, K]: rows in the order that they came in."""
+    _places: list[int] = field(default_factory=list)
+    """Of each key its row in `_held`."""
+
+    @classmethod
+    def of_rows(cls, size: int, keys: list[float], timesteps: list[float], rows_RK: Tensor) -> Reservoir:
+        """What `keys`, `timesteps` and `rows_RK` of another gave."""
+        made = cls(size=size)
+        made._take(keys, timesteps, rows_RK)
+        return made
+
+    @property
+    def rows_RK(self) -> Tensor | None:
+        """A copy of the rows, by key; None before the first."""
+        if self._held is None:
+            return None
+        return self._held[torch.tensor(self._places, device=self._held.device)]
 
     def add(self, x_MK: Tensor, timestep: float | None, *identity: object) -> None:
         """Offer the rows of one call; `identity` tells this call from all others."""
@@ -38,16 +57,30 @@ class Reservoir:
 
     def merge(self, other: Reservoir) -> None:
         """Keep the smallest keys of both."""
-        if other.rows_RK is not None:
-            self._take(other.keys, other.timesteps, other.rows_RK)
+        rows = other.rows_RK
+        if rows is not None:
+            self._take(other.keys, other.timesteps, rows)
 
     def _take(self, keys: list[float], timesteps: list[float], rows: Tensor) -> None:
+        """Put new rows where those stood that they drive out."""
+        held = self._held
+        if held is None:
+            (held,) = kept_zeros([((self.size, rows.shape[1]), rows.dtype)], rows.device)
+            self._held = held
+        old = len(self.keys)
         keys, timesteps = self.keys + keys, self.timesteps + timesteps
-        if self.rows_RK is not None:
-            rows = torch.cat([self.rows_RK, rows.to(self.rows_RK.device, self.rows_RK.dtype)])
         order = sorted(range(len(keys)), key=keys.__getitem__)[: self.size]
+        stay = {self._places[i] for i in order if i < old}
+        free = (place for place in range(self.size) if place not in stay)
+        come = [i - old for i in order if i >= old]
+        places = dict(zip(come, free, strict=False))
+        if come:
+            device = rows.device
+            target = torch.tensor(list(places.values()), device=held.device)
+            chosen = rows[torch.tensor(come, device=device)]
+            held[target] = chosen.to(held.device, held.dtype)
+        self._places = [self._places[i] if i < old else places[i - old] for i in order]
         self.keys, self.timesteps = [keys[i] for i in order], [timesteps[i] for i in order]
-        self.rows_RK = rows[torch.tensor(order, device=rows.device)]
 
 
 def _smallest(count: int, size: int, limit: float, identity: tuple[object, ...]) -> list[tuple[float, int]]:

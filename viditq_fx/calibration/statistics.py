@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from viditq_fx.calibration.kept import kept_zeros
+
 BINS_PER_OCTAVE = 8
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -24, 40
 BINS = BINS_PER_OCTAVE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
 """Tokens are counted by their abs-max in bins 9% wide, from 2^-24 to 2^40; what lies outside is in the last ones."""
 _CACHED_ELEMENTS = 262144
-"""Rows are taken in pieces that stay in a CPU core's cache while five reductions read them."""
+"""Rows are taken in pieces that stay in a CPU core's cache while six reductions read them."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,16 +47,18 @@ class Statistics:
     @classmethod
     def empty(cls, depth: int, device: torch.device | str = "cpu") -> Statistics:
         """Of no rows of K = `depth` channels."""
-        infinity = torch.full((depth,), math.inf, device=device)
-        zero = torch.zeros(depth, dtype=torch.float64, device=device)
+        channels, exact = ((depth,), torch.float32), ((depth,), torch.float64)
+        total, square, histogram, low, high, token_low = kept_zeros(
+            [exact, exact, ((BINS,), torch.int64), channels, channels, ((), torch.float32)], device
+        )
         return cls(
             count=0,
-            low=infinity,
-            high=-infinity,
-            total=zero,
-            square=zero.clone(),
-            token_low=torch.full((), math.inf, device=device),
-            histogram=torch.zeros(BINS, dtype=torch.int64, device=device),
+            low=low.fill_(math.inf),
+            high=high.fill_(-math.inf),
+            total=total,
+            square=square,
+            token_low=token_low.fill_(math.inf),
+            histogram=histogram,
         )
 
     @property
@@ -83,35 +87,40 @@ class Statistics:
     def add(self, x_MK: Tensor) -> None:
         """Count the rows of x_MK [M, K], of any float dtype; at least one."""
         step = max(1, _CACHED_ELEMENTS // x_MK.shape[1]) if x_MK.device.type == "cpu" else x_MK.shape[0]
-        pieces = [_reduced(part.to(torch.float32)) for part in x_MK.split(step)]
-        low, high, total, square, amax = zip(*pieces, strict=True)
-        self.low = torch.stack([self.low, *low]).amin(0)
-        self.high = torch.stack([self.high, *high]).amax(0)
-        self.total = self.total + torch.stack(total).sum(0, dtype=torch.float64)
-        self.square = self.square + torch.stack(square).sum(0, dtype=torch.float64)
-        amax_M = torch.cat(amax)
-        self.token_low = torch.minimum(self.token_low, amax_M.amin())
-        position = (torch.log2(amax_M) - LOWEST_EXPONENT) * BINS_PER_OCTAVE
-        bins = torch.nan_to_num(position, nan=0.0).clamp(0, BINS - 1).to(torch.int64)
-        self.histogram.index_add_(0, bins, torch.ones_like(bins))
+        for part in x_MK.split(step):
+            self._add_piece(part.to(torch.float32))
         self.count += x_MK.shape[0]
+
+    def _add_piece(self, x_MK: Tensor) -> None:
+        """Count fp32 rows; in place, as this runs for every input of every call."""
+        torch.minimum(self.low, x_MK.amin(0), out=self.low)
+        torch.maximum(self.high, x_MK.amax(0), out=self.high)
+        self.total += x_MK.sum(0)
+        self.square += (x_MK * x_MK).sum(0)
+        amax_M = torch.maximum(x_MK.amax(1), x_MK.amin(1).neg_())
+        torch.minimum(self.token_low, amax_M.amin(), out=self.token_low)
+        # Eight bins for each power of two from 2^LOWEST_EXPONENT up; rows of zeros are at -inf.
+        position = amax_M.log2_().sub_(LOWEST_EXPONENT).mul_(BINS_PER_OCTAVE)
+        bins = position.nan_to_num_(nan=0.0).clamp_(0, BINS - 1).to(torch.int64)
+        self.histogram.index_add_(0, bins, torch.ones_like(bins))
 
     def merge(self, other: Statistics) -> None:
         """Count what another counted."""
         device = self.low.device
         self.count += other.count
-        self.low = torch.minimum(self.low, other.low.to(device))
-        self.high = torch.maximum(self.high, other.high.to(device))
-        self.total = self.total + other.total.to(device)
-        self.square = self.square + other.square.to(device)
-        self.token_low = torch.minimum(self.token_low, other.token_low.to(device))
-        self.histogram = self.histogram + other.histogram.to(device)
+        torch.minimum(self.low, other.low.to(device), out=self.low)
+        torch.maximum(self.high, other.high.to(device), out=self.high)
+        self.total += other.total.to(device)
+        self.square += other.square.to(device)
+        torch.minimum(self.token_low, other.token_low.to(device), out=self.token_low)
+        self.histogram += other.histogram.to(device)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor on the CPU) of all of it."""
         for entry in fields(self):
             value = getattr(self, entry.name)
-            yield entry.name, value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
+            # A copy: each would be pickled with the whole block that it is a part of.
+            yield entry.name, value.cpu().clone() if isinstance(value, Tensor) else torch.tensor(value)
 
     @classmethod
     def of_tensors(cls, found: dict[str, Tensor], depth: int) -> Statistics:
@@ -121,13 +130,11 @@ class Statistics:
         for name, value in values.items():
             if tuple(value.shape) != shapes.get(name, ()):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, not {shapes.get(name, ())}")
-        return cls(**(values | {"count": int(values["count"])}))  # type: ignore[arg-type]
-
-
-def _reduced(x_MK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(least, largest, sum, sum of squares) of each channel and the abs-max of each row, all fp32."""
-    amax_M = torch.maximum(x_MK.amax(1), -x_MK.amin(1))
-    return x_MK.amin(0), x_MK.amax(0), x_MK.sum(0), (x_MK * x_MK).sum(0), amax_M
+        mine = cls.empty(depth)
+        mine.count = int(values.pop("count"))
+        for name, value in values.items():
+            getattr(mine, name).copy_(value)  # in place: other parts are counted into it
+        return mine
 
 
 def merged(parts: Iterator[Statistics] | list[Statistics], depth: int) -> Statistics:

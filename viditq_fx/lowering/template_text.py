@@ -30,7 +30,7 @@ def template_source(template: KernelTemplate, rank: int, has_bias: bool) -> str:
         lines.append(f"{' ' * template.store_indent}idx_{d} = idx_m // ({stride}){modulo}")
     indices = [*(f"idx_{d}" for d in batch), "idx_n"]
     lines.append(_store(indices, "y_acc", template.store_indent))
-    return "\n".join(lines) + "\n"
+    return _text(lines, template)
 
 
 def partial_sums_source(template: KernelTemplate) -> str:
@@ -43,7 +43,12 @@ def partial_sums_source(template: KernelTemplate) -> str:
         template.body,
         _store(["idx_s", "idx_m", "idx_n"], "acc", 4),
     ]
-    return "\n".join(lines) + "\n"
+    return _text(lines, template)
+
+
+def _text(lines: list[str], template: KernelTemplate) -> str:
+    """The kernel, and behind it the functions that it calls."""
+    return "\n".join([*lines, *(["", "", template.helpers] if template.helpers else [])]) + "\n"
 
 
 def _store(indices: list[str], value: str, indent: int) -> str:

@@ -8,9 +8,11 @@
                  z = round(mean q - mean w / s)               and for the zero point                       (Eq. 5)
                  q, E anew                                                                                 (Eq. 6)
         until E falls by no more than epsilon * E, or `steps` times
+    then, `neighbours` times, the same from the best s with z + 1 and with z - 1
 
-Each row keeps the best of all that it saw, min-max included, so none is worse than min-max. Where this departs from
-Algorithm 1 as printed, and why: docs/methods.md.
+The last line is ours: rounding holds z where it is once s changes little, so Eq. 5 alone seldom leaves a z. Each row
+keeps the best of all that it saw, min-max included, so none is worse than min-max. Where this departs from Algorithm 1
+as printed, and why: docs/methods.md.
 
 Shapes: w_RL [R, L] rows with one grid each; s_R, z_R and sums [R] fp64. R falls as rows converge and drop out.
 """
@@ -23,7 +25,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from viditq_fx.ops.grid_rows import Grid, Span, grid_between, snap_rows, span_of_rows
+from viditq_fx.ops.grid_rows import Grid, Span, grid_between, largest_zero, snap_rows, span_of_rows
 
 StopRule = Literal["corrected", "printed"]
 
@@ -38,14 +40,16 @@ class Refinement:
     """Most alternating steps from each bound. 0 searches bounds alone."""
     epsilon: float = 1e-4
     """Least fall of a row's squared error, relative, that earns it another step."""
+    neighbours: int = 2
+    """Times that the zero points beside the best are tried. 0 leaves it at what the paper does."""
     stop: StopRule = "corrected"
     """"printed", as in Algorithm 1, goes on only while the error rises: it stops after one step that helped."""
 
     def __post_init__(self) -> None:
-        if self.bounds < 1 or self.steps < 0 or not 0 <= self.epsilon < 1:
+        if self.bounds < 1 or min(self.steps, self.neighbours) < 0 or not 0 <= self.epsilon < 1:
             raise ValueError(
-                f"Refinement: bounds={self.bounds}, steps={self.steps}, epsilon={self.epsilon}; bounds is at least 1, "
-                "steps at least 0, epsilon in [0, 1)"
+                f"Refinement: bounds={self.bounds}, steps={self.steps}, epsilon={self.epsilon}, neighbours="
+                f"{self.neighbours}; bounds is at least 1, steps and neighbours at least 0, epsilon in [0, 1)"
             )
         if self.stop not in get_args(StopRule):
             raise ValueError(f"Refinement: stop={self.stop!r}; choose one of {get_args(StopRule)}")
@@ -67,6 +71,9 @@ class _Rows:
         self.w_RL, self.bits, self.depth = w_RL, bits, w_RL.shape[-1]
         self.span: Span = span_of_rows(w_RL, bits)
         self.sum_R = w_RL.sum(dim=-1, dtype=torch.float64)
+        mean_R = self.sum_R.abs() / self.depth
+        self.floor_R = torch.maximum(self.span.floor_R, mean_R / largest_zero(bits))
+        """Keeps the zero point of Eq. 5 where it can be stored."""
         self.buffers = tuple(torch.empty_like(w_RL) for _ in range(3))
 
     def sums(self, w_RL: Tensor, grid: Grid) -> _Sums:
@@ -94,12 +101,25 @@ def refine_rows(w_RL: Tensor, bits: int, config: Refinement) -> Grid:
         inset_R = (high_R - low_R) * (i / config.bounds)
         grid = grid_between(low_R + inset_R, high_R - inset_R, floor_R, bits)
         _descend(rows, grid, config, best, least_R)
+    left_R = None
+    for _ in range(config.neighbours):
+        before_R = least_R.clone()
+        for aside in (1.0, -1.0):
+            grid = Grid(best.scale_R.clone(), best.zero_R + aside)
+            if left_R is not None:
+                grid = Grid(*(each[left_R] for each in grid))
+            _descend(rows, grid, config, best, least_R, left_R)
+        left_R = torch.nonzero(least_R < before_R).squeeze(
+            -1
+        )  # another round shows nothing new to the others
     return _never_worse(rows, best, start)
 
 
-def _descend(rows: _Rows, grid: Grid, config: Refinement, best: Grid, least_R: Tensor) -> None:
-    """Alternating least squares from `grid`; writes what is better than `least` to `best`."""
-    w_RL, left_R = rows.w_RL, None
+def _descend(
+    rows: _Rows, grid: Grid, config: Refinement, best: Grid, least_R: Tensor, left_R: Tensor | None = None
+) -> None:
+    """Alternating least squares from `grid` of all rows, or of `left`; writes what is better than `least` to `best`."""
+    w_RL = rows.w_RL if left_R is None else rows.w_RL[left_R]
     sums = rows.sums(w_RL, grid)
     _keep(best, least_R, grid, sums.error_R, left_R)
     for _ in range(config.steps):
@@ -124,7 +144,7 @@ def _least_squares(rows: _Rows, grid: Grid, sums: _Sums, left_R: Tensor | None) 
     From the error in steps d: w = s * (q - z + d), so <q - z, w> / <q - z, q - z> is s plus a correction, which fp32
     sums give without cancellation.
     """
-    sum_R, floor_R = (each if left_R is None else each[left_R] for each in (rows.sum_R, rows.span.floor_R))
+    sum_R, floor_R = (each if left_R is None else each[left_R] for each in (rows.sum_R, rows.floor_R))
     scale_R, zero_R = grid
     square_R = sums.qq_R - 2 * zero_R * sums.q_R + rows.depth * zero_R.square()
     d_R = sum_R / scale_R + rows.depth * zero_R - sums.q_R
@@ -134,7 +154,8 @@ def _least_squares(rows: _Rows, grid: Grid, sums: _Sums, left_R: Tensor | None) 
 
 
 def _keep(best: Grid, least_R: Tensor, grid: Grid, error_R: Tensor, left_R: Tensor | None) -> None:
-    better_R = error_R < (least_R if left_R is None else least_R[left_R])
+    # Not by rounding alone: with a level to spare, q and z one higher are the same grid.
+    better_R = error_R < (least_R if left_R is None else least_R[left_R]) * (1 - 1e-6)
     rows = torch.nonzero(better_R).squeeze(-1)
     into = rows if left_R is None else left_R[rows]
     least_R[into] = error_R[rows]

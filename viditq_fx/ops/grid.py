@@ -1,13 +1,14 @@
 """Weights on asymmetric integer grids: w ~= s * (q - z), by min-max or refined by BGR.
 
 The formulas are those of `grid_rows` (min-max; DVD-Quant Eqs. 1, 2) and `bgr` (DVD-Quant section 3.2). Stored are
-q in [-2^(bits-1), 2^(bits-1) - 1] as int8 and, as fp32, s > 0 and z, an integer: the paper's q and z less 2^(bits-1).
+q in [-2^(bits-1), 2^(bits-1) - 1] as int8, s > 0 as fp32 and the integer z as int8 up to 4 bits, else as fp32:
+the paper's q and z less 2^(bits-1).
 
 A row (with groups: a group of a row) that holds NaN or infinity has a scale that is NaN or inf, q = 0 and z = 0, so
 what is dequantized of it is NaN and no other row is touched; callers refuse such scales. A row of one value is
 represented exactly, one of zeros with s = EPS / (2^bits - 1).
 
-Shapes: w_NK [N, K] of any float dtype, q_NK int8 [N, K]; scale and zero fp32 [N], or with groups [G, N], G = ceil(K /
+Shapes: w_NK [N, K] of any float dtype, q_NK int8 [N, K]; scale and zero [N], or with groups [G, N], G = ceil(K /
 group): the last may be short. A matrix is worked on a few rows at a time: rows of grids are w_RL [R, L].
 """
 
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.ops.bgr import Refinement, refine_rows
-from viditq_fx.ops.grid_rows import Grid, grid_between, snap_rows, span_of_rows
+from viditq_fx.ops.grid_rows import Grid, grid_between, snap_rows, span_of_rows, zero_dtype
 
 GRIDS = ("minmax", "bgr")
 """How a grid is chosen: by the row's range alone, or refined from it with `Refinement()`."""
@@ -49,7 +50,9 @@ def _check(w_NK: Tensor, bits: int, group: int) -> None:
 def fit_weight_grid(
     w_NK: Tensor, bits: int, group: int, refinement: Refinement | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w [N, K] -> (q int8 [N, K], scale fp32 [N] or [G, N], zero fp32 likewise); `refinement` None is min-max.
+    """w [N, K] -> (q int8 [N, K], scale fp32 [N] or [G, N], zero likewise); `refinement` None is min-max.
+
+    Zero points are integers, of `zero_dtype(bits)`.
 
     Memory beyond the result goes with CPU_CHUNK (or DEVICE_CHUNK, or one row if that is longer), not with w.
 
@@ -61,7 +64,7 @@ def fit_weight_grid(
     length = group or depth
     q_NK = w_NK.new_empty((width, depth), dtype=torch.int8)
     scale_GN = w_NK.new_empty((-(-depth // length), width), dtype=torch.float32)
-    zero_GN = torch.empty_like(scale_GN)
+    zero_GN = torch.empty_like(scale_GN, dtype=zero_dtype(bits))
     whole = depth // length
     # Not padded to whole groups: a zero that is not there would be in the range of the last.
     edges = [0, whole * length, depth]
@@ -96,7 +99,9 @@ def _fit_rows(w_RL: Tensor, bits: int, refinement: Refinement | None) -> tuple[T
 
 
 def quantize_weight_grid(w_NK: Tensor, bits: int, group: int, grid: str) -> tuple[Tensor, Tensor, Tensor]:
-    """w [N, K] -> (q int8 [N, K], scale fp32 [N] or [G, N], zero fp32 likewise), w ~= scale * (q - zero).
+    """w [N, K] -> (q int8 [N, K], scale fp32 [N] or [G, N], zero likewise), w ~= scale * (q - zero).
+
+    Zero points are integers, of `zero_dtype(bits)`: int8 up to 4 bits, else fp32.
 
     `grid` is "minmax" (DVD-Quant section 3.1) or "bgr" (section 3.2, with `Refinement()`'s settings); `group` input
     channels share a grid, all of a row with 0.
@@ -111,7 +116,7 @@ def quantize_weight_grid(w_NK: Tensor, bits: int, group: int, grid: str) -> tupl
 def dequantize_weight_grid(
     q_NK: Tensor, scale: Tensor, zero: Tensor, group: int, dtype: torch.dtype
 ) -> Tensor:
-    """(q int8 [N, K], scale and zero fp32 [N], or [G, N] with a group) -> scale * (q - zero) in `dtype`, [N, K].
+    """(q int8 [N, K], scale fp32 and zero [N], or [G, N] with a group) -> scale * (q - zero) in `dtype`, [N, K].
 
     Raises ValueError for scales or zeros of other shapes.
     """
@@ -122,6 +127,7 @@ def dequantize_weight_grid(
             f"dequantize_weight_grid: scales and zeros of {tuple(q_NK.shape)} in groups of {group} are {expected}; got "
             f"{tuple(scale.shape)} and {tuple(zero.shape)}"
         )
+    zero = zero.to(torch.float32)
     if not group:
         return ((q_NK.to(torch.float32) - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).to(dtype)
     q_NGK = F.pad(q_NK.to(torch.float32), (0, -depth % group)).reshape(width, -1, group)
@@ -133,7 +139,7 @@ def fake_weight_grid(w_NK: Tensor, bits: int, group: int, grid: str) -> tuple[Te
     """What quantize_weight_grid returns, without values."""
     width, depth = w_NK.shape
     shape = (-(-depth // group), width) if group else (width,)
-    scale, zero = (w_NK.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    scale, zero = (w_NK.new_empty(shape, dtype=dtype) for dtype in (torch.float32, zero_dtype(bits)))
     return w_NK.new_empty((width, depth), dtype=torch.int8), scale, zero
 
 

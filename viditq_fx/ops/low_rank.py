@@ -18,6 +18,7 @@ from torch import Tensor
 
 from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.ops.grid import quantize_weight_grid
+from viditq_fx.ops.grid_rows import zero_dtype
 from viditq_fx.ops.linear import without_autocast
 from viditq_fx.ops.quantize import quantize_per_channel, quantize_per_group
 from viditq_fx.ops.rotate import transform_weight
@@ -80,7 +81,8 @@ def fake_low_rank(
     """What quantize_weight_low_rank returns, without values."""
     width, depth = w.shape
     shape = (-(-depth // group), width) if group else (width,)
-    vectors = [w.new_empty(shape, dtype=torch.float32) for _ in range(2 if grid else 1)]
+    dtypes = (torch.float32, zero_dtype(bits))[: 2 if grid else 1]
+    vectors = [w.new_empty(shape, dtype=dtype) for dtype in dtypes]
     branch = [w.new_empty((rank, depth), dtype=STORED), w.new_empty((width, rank), dtype=STORED)]
     return [w.new_empty((width, depth), dtype=torch.int8), *vectors, *branch]
 

@@ -47,7 +47,7 @@ LINEARS: tuple[QuantOp, ...] = (
 """Every op that computes a quantized linear."""
 
 Stored = tuple[Tensor, ...]
-"""(what is stored of a weight, fp32 scales), and fp32 zero points where the form has a grid."""
+"""(what is stored of a weight, fp32 scales), and zero points (int8 up to 4 bits) where the form has a grid."""
 
 
 def linear_of(scheme: QuantScheme) -> QuantOp:

@@ -6,7 +6,7 @@ y is the integer linear's own result in fp32, bias included. One group is the wh
 of M times a vector of N, and Inductor computes both with the epilogue of the GEMM.
 
 Shapes: y fp32 [..., N], x_q int8 [..., K], x_scale fp32 [..., 1] or, for blocks of 128 channels, [..., ceil(K / 128)],
-w_scale and w_zero fp32 [N] or [ceil(K / 128), N]; result [..., N] in `out_dtype`.
+w_scale fp32 and w_zero int8 or fp32 [N] or [ceil(K / 128), N]; result [..., N] in `out_dtype`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def add_zero_point(
     Raises ValueError for scales or zero points that are neither of rows nor of groups of 128.
     """
     groups = -(-x_q.shape[-1] // GROUP)
+    w_zero = w_zero.to(torch.float32)
     if (
         x_scale.shape[-1] not in (1, groups)
         or w_scale.shape != w_zero.shape
@@ -52,18 +53,18 @@ def add_zero_point(
 
 def _samples(device: torch.device) -> Iterator[Sample]:
     gen = torch.Generator(device=device).manual_seed(0)
-    for label, depth, blocks, grouped in (
-        ("rows", 40, False, False),
-        ("blocks", 300, True, False),
-        ("groups", 300, False, True),
-        ("both", 256, True, True),
+    for label, depth, blocks, grouped, dtype in (
+        ("rows", 40, False, False, torch.int8),
+        ("blocks", 300, True, False, torch.int8),
+        ("groups", 300, False, True, torch.float32),
+        ("both", 256, True, True, torch.int8),
     ):
         groups = -(-depth // GROUP)
         x = torch.randint(-127, 128, (2, 5, depth), generator=gen, dtype=torch.int8, device=device)
         x_scale = torch.rand(2, 5, groups if blocks else 1, generator=gen, device=device)
         shape = (groups, 24) if grouped else (24,)
         w_scale = torch.rand(shape, generator=gen, device=device)
-        w_zero = torch.randint(-8, 8, shape, generator=gen, device=device).to(torch.float32)
+        w_zero = torch.randint(-8, 8, shape, generator=gen, device=device).to(dtype)
         y = torch.randn(2, 5, 24, generator=gen, device=device)
         yield Sample(label=label, args=(y, x, x_scale, w_scale, w_zero, torch.bfloat16))
 

@@ -13,7 +13,8 @@ from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.ops.weight_forms import Multiplier
 from viditq_fx.passes.base import ConstantSlot, PassContext
 from viditq_fx.passes.dataflow import is_argument, is_constant_argument
-from viditq_fx.recipe import SitePlan
+from viditq_fx.recipe import Recipe, SitePlan
+from viditq_fx.report import CompileReport
 from viditq_fx.scheme import QuantScheme
 
 SLOT_KEY = "viditq_slot"
@@ -57,6 +58,27 @@ def transform_of(fqn: str, depth: int, scheme: QuantScheme, ctx: PassContext) ->
 def site_plan(fqn: str, ctx: PassContext) -> SitePlan | None:
     """The recipe's plan for a module path; None without one."""
     return None if ctx.recipe is None else ctx.recipe.sites.get(fqn)
+
+
+def unseen_sites(recipe: Recipe | None, report: CompileReport) -> list[str]:
+    """A line for each linear that a recipe says nothing of, though it is quantized; calibrated recipes know all.
+
+    Raises RecipeError where the recipe names none of the linears: it is that of another model, or of a part or a
+    wrapper of this one, and would do nothing.
+    """
+    known = {} if recipe is None else {**recipe.sites, **recipe.shapes}
+    # A layer of `quantize_` is done already, and its weight is no full one.
+    planned = [entry.fqn for entry in report.sites if entry.planned is not None and entry.bytes_full]
+    if recipe is None or not known or not planned:
+        return []
+    if not any(entry.fqn in known for entry in report.sites):
+        raise RecipeError(
+            f"the recipe names none of the linears that are compiled here: these are called {planned[0]!r} and so on, "
+            f"the recipe's {min(known)!r}. Apply it to the module that was calibrated: torch.compile that whole (no "
+            "block of it, no module around it), or call quantize_(module, ..., recipe=recipe) and compile what you like"
+        )
+    lines = f"the recipe does not know this linear: it runs in {recipe.scheme} without balance or a scale of its own"
+    return [f"{fqn}: {lines}" for fqn in planned if recipe.shapes and fqn not in known]
 
 
 def constant_input(

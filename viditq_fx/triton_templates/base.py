@@ -2,7 +2,8 @@
 
 A kernel is written once, as a plain `@triton.jit` function that ends in one `tl.store`. What
 Inductor splices into its generated code is that function's own text: the lines between the
-signature and the store (`body_of`), with Inductor's hooks in place of both ends. So the kernel that
+signature and the store (`body_of`), with Inductor's hooks in place of both ends, and behind it the
+`@triton.jit` functions that it calls (`helpers_of`): generated code imports nothing of ours. So the kernel that
 tests interpret and assemble and the kernel that a compiled model runs cannot drift apart.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from viditq_fx.ops.base import QuantOp
 
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Largest shared memory of one block, by architecture (CUDA C++ Programming Guide, compute capabilities)."""
+
+_TILES = Path(__file__).with_name("tiles.py")
 
 DESCRIPTOR_ALIGNMENT = 16
 """Bytes at whose multiples a tensor descriptor's memory and each of its rows begin (CUDA driver API, tensor maps)."""
@@ -145,6 +148,13 @@ class KernelTemplate:
         """The kernel's lines between its docstring and its store, indented by four spaces."""
         return body_of(self.source_file.read_text(encoding="utf-8"), self.kernel)
 
+    @cached_property
+    def helpers(self) -> str:
+        """Text of the functions that the kernel calls: those of its own file and of tiles.py."""
+        return helpers_of(
+            (self.source_file.read_text(encoding="utf-8"), _TILES.read_text(encoding="utf-8")), self.kernel
+        )
+
     @property
     def store_indent(self) -> int:
         """Spaces in front of the store that follows `body`: 4, or 8 in a loop."""
@@ -222,6 +232,27 @@ def body_of(text: str, function: str) -> str:
     body = textwrap.indent(textwrap.dedent("\n".join(lines)), "    ").rstrip() + "\n"
     assert not {"{{", "{%"} & {body[i : i + 2] for i in range(len(body))}, f"{function} holds jinja syntax"
     return body
+
+
+def helpers_of(texts: Sequence[str], function: str) -> str:
+    """Python sources, the kernel's own first -> the functions of them that `function` calls, and those that they call.
+
+    Each name's first definition counts. They are `@triton.jit` functions, each whole: what else a file defines they
+    cannot use. "" where there are none.
+    """
+    known: dict[str, str] = {}
+    calls: dict[str, set[str]] = {}
+    for text in texts:
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                first = min(decorator.lineno for decorator in node.decorator_list)
+                lines = text.splitlines()[first - 1 : node.end_lineno]
+                if known.setdefault(node.name, "\n".join(lines)) == "\n".join(lines):
+                    calls[node.name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    wanted: list[str] = [function]
+    for name in wanted:  # grows on the way
+        wanted += sorted(called for called in calls[name] if called in known and called not in wanted)
+    return "\n\n\n".join(known[name] for name in wanted[1:])
 
 
 def _parts(text: str, function: str) -> tuple[ast.stmt, ast.stmt]:

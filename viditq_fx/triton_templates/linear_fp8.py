@@ -26,6 +26,7 @@ from viditq_fx.triton_templates.base import (
     shape_constants,
     why_no_gemm,
 )
+from viditq_fx.triton_templates.tiles import grouped_tile, readable
 
 
 @triton.jit
@@ -51,23 +52,11 @@ def linear_w8a8_fp8_kernel(
     INDEX_DTYPE: tl.constexpr,
 ):
     """y[m, n] = (sum_k x[m, k] * w[n, k]) * s_x[m] * s_w[n] + bias[n], one tile of y a program."""
-    # Programs walk GROUP_M tiles of M before the next tile of N: their rows of w stay in L2.
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    in_group = pid % (GROUP_M * tiles_n)
-    group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + in_group % group_size
-    tile_n = in_group // group_size
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     # A row past the end reads row 0 instead: no mask in the loop, and its result is never stored.
-    row_M = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    col_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if not EVEN_M:
-        row_M = tl.where(row_M < M, row_M, 0)
-    if not EVEN_N:
-        col_N = tl.where(col_N < N, col_N, 0)
+    row_M = readable(tile_m, M, BLOCK_M, EVEN_M)
+    col_N = readable(tile_n, N, BLOCK_N, EVEN_N)
     k_K = tl.arange(0, BLOCK_K)
     # SWAP computes the transpose: wgmma wants 64 rows of its first operand, and there may be few of x.
     if SWAP:

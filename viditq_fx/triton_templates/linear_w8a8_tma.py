@@ -30,6 +30,7 @@ from viditq_fx.triton_templates.base import (
     LinearProblem,
     shape_constants,
 )
+from viditq_fx.triton_templates.tiles import grouped_tile, readable
 
 
 @triton.jit
@@ -59,12 +60,7 @@ def linear_w8a8_tma_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for pid in range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
-        # Programs walk GROUP_M tiles of M before the next tile of N: their rows of w stay in L2.
-        group = pid // (GROUP_M * tiles_n)
-        in_group = pid % (GROUP_M * tiles_n)
-        group_size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-        tile_m = group * GROUP_M + in_group % group_size
-        tile_n = in_group // group_size
+        tile_m, tile_n = grouped_tile(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         for start in range(0, K, BLOCK_K):
@@ -73,12 +69,8 @@ def linear_w8a8_tma_kernel(
             acc = tl.dot(x_MK, w_NK.T, acc, out_dtype=tl.int32)
 
         # A row past the end takes row 0's scale: its result is never stored.
-        row_M = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        col_N = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        if not EVEN_M:
-            row_M = tl.where(row_M < M, row_M, 0)
-        if not EVEN_N:
-            col_N = tl.where(col_N < N, col_N, 0)
+        row_M = readable(tile_m, M, BLOCK_M, EVEN_M)
+        col_N = readable(tile_n, N, BLOCK_N, EVEN_N)
         y_acc = (
             acc.to(tl.float32) * tl.load(x_scale_ptr + row_M)[:, None] * tl.load(w_scale_ptr + col_N)[None, :]
         )
