@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.errors import ViditqError
+from viditq_fx.layer_plan import Packed
 from viditq_fx.ops.weight_forms import Stored
-from viditq_fx.quant_linear import Packed, QuantLinear
+from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import SitePlan
 from viditq_fx.scheme import QuantScheme
 

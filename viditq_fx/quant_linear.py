@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +11,9 @@ from torch.fx.traceback import annotate
 
 from viditq_fx import ops
 from viditq_fx.errors import RecipeError, ViditqError, WeightError
+from viditq_fx.layer_plan import Packed, complete_plan, form_of
 from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
-from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.ops.weight_forms import (
-    Multiplier,
     Stored,
     dequantize_weight,
     linear_in_scheme,
@@ -45,43 +43,7 @@ _SAVED = (
 )
 
 
-Packed = dict[tuple[int, WeightForm], Stored]
-"""Packed weights by the parameter's id and by what it was packed to: plans of tied weights may differ."""
 _Layer = TypeVar("_Layer", bound="QuantLinear")
-
-
-def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> SitePlan:
-    """The plan of a layer of K = `depth`: a scheme's own rotation where no recipe has decided one.
-
-    Raises RecipeError for a plan that does not fit, or that is to stay in full precision.
-    """
-    if isinstance(scheme, QuantScheme):
-        plan = SitePlan(scheme=scheme, rotation=rotation_block(depth) if scheme.rotate else 1)
-    else:
-        plan = scheme
-    if plan.scheme is None:
-        raise RecipeError(f"{name}: the recipe keeps this layer in full precision")
-    if plan.multiplier is not None and tuple(plan.multiplier.shape) != (depth,):
-        raise RecipeError(
-            f"{name}: the recipe's multiplier is {tuple(plan.multiplier.shape)}, the layer has K={depth}"
-        )
-    if depth % plan.rotation:
-        raise RecipeError(
-            f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}"
-        )
-    if plan.scheme.calibrated and plan.input_scale is None:
-        raise RecipeError(
-            f"{name}: scheme {str(plan.scheme)!r} takes its input's scale from calibration: pass a recipe of "
-            "viditq_fx.calibrate(model, run, scheme=...)"
-        )
-    return plan
-
-
-def form_of(plan: SitePlan) -> WeightForm:
-    """What the weight of a planned site is packed to."""
-    assert plan.scheme is not None
-    multiplier = None if plan.multiplier is None else Multiplier.of(plan.multiplier)
-    return replace(plan.scheme.weight_form, rotation=plan.rotation, multiplier=multiplier)
 
 
 def _held(values: Tensor | None, device: torch.device) -> Tensor | None:

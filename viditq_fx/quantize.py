@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from viditq_fx.errors import OptionError, StrictError, ViditqError
+from viditq_fx.layer_plan import Packed
 from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
@@ -19,7 +20,7 @@ from viditq_fx.passes.normalize import Normalize
 from viditq_fx.passes.policy import keeps
 from viditq_fx.passes.site_plan import unseen_sites
 from viditq_fx.quant_conv import Convolution, is_linear_layer, quantized_layer, why_not_pointwise
-from viditq_fx.quant_linear import Packed, QuantLinear
+from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import Recipe
 from viditq_fx.report import CompileReport, SiteReport
 from viditq_fx.scheme import QuantScheme

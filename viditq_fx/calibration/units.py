@@ -21,10 +21,10 @@ from viditq_fx.calibration.reservoir import Reservoir
 from viditq_fx.calibration.sightings import WatchedLinear
 from viditq_fx.calibration.watch import Watch
 from viditq_fx.errors import RecipeError
+from viditq_fx.layer_plan import Packed
 from viditq_fx.ops.fp8 import why_no_fp8
 from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.quant_conv import quantized_layer
-from viditq_fx.quant_linear import Packed
 from viditq_fx.quantize import why_not_replaced
 from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.scheme import QuantScheme
