@@ -21,6 +21,7 @@ from tests.small_models import (
 )
 from viditq_fx.errors import OptionError, SchemeError, StrictError, ViditqError, WeightError
 from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.scheme import QuantScheme
 
 ERROR = 0.02
@@ -155,6 +156,24 @@ def test_tied_weights_share_one_pair():
     model[2].weight = model[0].weight
     vq.quantize_(model, (torch.randn(40, 64),))
     assert model[0]._weight_q is model[2]._weight_q
+
+
+def test_tied_weights_with_plans_of_their_own_are_packed_for_each():
+    """Calibration balances each layer by its own input: a weight that was divided for another is a wrong one."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    model.requires_grad_(False)[2].weight = model[4].weight = model[0].weight
+    gen = torch.Generator().manual_seed(0)
+    multipliers = [torch.rand(64, generator=gen) + 0.5 for _ in range(2)]
+    sites = {
+        "0": SitePlan(scheme=W8A8, multiplier=multipliers[0]),
+        "2": SitePlan(scheme=W8A8, multiplier=multipliers[1], rotation=16),
+        "4": SitePlan(scheme=W8A8, multiplier=multipliers[0].clone()),
+    }
+    x = torch.randn(40, 64, generator=gen)
+    want = model(x)
+    vq.quantize_(model, (x,), recipe=Recipe(scheme=W8A8, sites=sites))
+    assert relative_error(model(x), want) < 0.04
+    assert model[0]._weight_q is model[4]._weight_q
 
 
 def test_copy_pickle_and_move():

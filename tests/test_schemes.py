@@ -126,7 +126,7 @@ def test_layers_learn_the_timestep_from_their_model_and_say_so_without():
         assert torch.equal(again(inputs[0], torch.full((2,), 900.0)), high)
         assert not torch.equal(low, high)
     with pytest.raises(RecipeError, match="outside its model"):
-        Clock([0.5], torch.device("cpu")).read()
+        Clock([0.5], torch.device("cpu")).read(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

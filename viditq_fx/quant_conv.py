@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.errors import ViditqError
+from viditq_fx.layer_plan import Packed
 from viditq_fx.ops.weight_forms import Stored
 from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.recipe import SitePlan
@@ -44,7 +45,7 @@ class QuantPointwiseConv(QuantLinear):
         conv: Convolution,
         scheme: QuantScheme | SitePlan,
         name: str = "conv",
-        packed: dict[int, Stored] | None = None,
+        packed: Packed | None = None,
     ) -> QuantPointwiseConv:
         """Pack a convolution; `packed` as in `QuantLinear.from_linear`.
 
@@ -86,7 +87,7 @@ def is_linear_layer(module: nn.Module) -> bool:
 
 
 def quantized_layer(
-    module: nn.Module, scheme: QuantScheme | SitePlan, name: str, packed: dict[int, Stored]
+    module: nn.Module, scheme: QuantScheme | SitePlan, name: str, packed: Packed
 ) -> QuantLinear:
     """The int8 layer that takes a linear layer's place; see `QuantLinear.from_linear`."""
     if isinstance(module, Convolution):

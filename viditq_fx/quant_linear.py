@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +11,9 @@ from torch.fx.traceback import annotate
 
 from viditq_fx import ops
 from viditq_fx.errors import RecipeError, ViditqError, WeightError
+from viditq_fx.layer_plan import Packed, complete_plan, form_of
 from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
-from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.ops.weight_forms import (
-    Multiplier,
     Stored,
     dequantize_weight,
     linear_in_scheme,
@@ -41,45 +39,11 @@ _OF_THE_WEIGHT = ("_weight_scale", "_weight_zero", "_branch_down", "_branch_up")
 """Buffers that are made of the weight, in the order in which `quantize_weight` returns them."""
 _SAVED = (
     *("weight", "weight_q", *(name[1:] for name in _OF_THE_WEIGHT)),
-    *("input_multiplier", "input_scale", "rotation", "scheme"),
+    *("input_multiplier", "input_scale", "input_edges", "rotation", "scheme"),
 )
 
 
 _Layer = TypeVar("_Layer", bound="QuantLinear")
-
-
-def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> SitePlan:
-    """The plan of a layer of K = `depth`: a scheme's own rotation where no recipe has decided one.
-
-    Raises RecipeError for a plan that does not fit, or that is to stay in full precision.
-    """
-    if isinstance(scheme, QuantScheme):
-        plan = SitePlan(scheme=scheme, rotation=rotation_block(depth) if scheme.rotate else 1)
-    else:
-        plan = scheme
-    if plan.scheme is None:
-        raise RecipeError(f"{name}: the recipe keeps this layer in full precision")
-    if plan.multiplier is not None and tuple(plan.multiplier.shape) != (depth,):
-        raise RecipeError(
-            f"{name}: the recipe's multiplier is {tuple(plan.multiplier.shape)}, the layer has K={depth}"
-        )
-    if depth % plan.rotation:
-        raise RecipeError(
-            f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}"
-        )
-    if plan.scheme.calibrated and plan.input_scale is None:
-        raise RecipeError(
-            f"{name}: scheme {str(plan.scheme)!r} takes its input's scale from calibration: pass a recipe of "
-            "viditq_fx.calibrate(model, run, scheme=...)"
-        )
-    return plan
-
-
-def form_of(plan: SitePlan) -> WeightForm:
-    """What the weight of a planned site is packed to."""
-    assert plan.scheme is not None
-    multiplier = None if plan.multiplier is None else Multiplier.of(plan.multiplier)
-    return replace(plan.scheme.weight_form, rotation=plan.rotation, multiplier=multiplier)
 
 
 def _held(values: Tensor | None, device: torch.device) -> Tensor | None:
@@ -106,9 +70,10 @@ class QuantLinear(nn.Module):
     weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
     there is `weight_zero`, shaped as the scales, int8 for 4-bit weights (fp32 ones of older files are read too); where
     the input is balanced or rotated first, `input_multiplier` fp32 [K] and `rotation` int64 [], the block; with a
-    low-rank branch `branch_down` [r, K] and `branch_up` [N, r]; and `scheme` uint8 [characters], the scheme's name:
-    weights of another scheme are not loaded, of one that differs in the input alone they are. A full-precision
-    `weight` in a state dict that is loaded is quantized on the way in.
+    low-rank branch `branch_down` [r, K] and `branch_up` [N, r]; `input_scale` fp32 [] or [T] from calibration, with
+    `input_edges` fp32 [T - 1] between the T ranges of the timestep; and `scheme` uint8 [characters], the scheme's name:
+    weights of another scheme are not loaded, of one that differs in the input alone they are, and scales of other
+    ranges are not. A full-precision `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
     through `.data`) need not reach the layer. Load a state dict to change its weight.
@@ -159,9 +124,9 @@ class QuantLinear(nn.Module):
         linear: nn.Linear,
         scheme: QuantScheme | SitePlan,
         name: str = "linear",
-        packed: dict[int, Stored] | None = None,
+        packed: Packed | None = None,
     ) -> QuantLinear:
-        """Pack a linear; `packed` lets tied weights share one form (keyed by the parameter's id).
+        """Pack a linear; `packed` lets tied weights share what is stored where their plans pack them alike.
 
         `scheme` may be a recipe's plan for it. Raises WeightError when the weight is on `meta` or holds NaN or
         infinity, RecipeError for a plan that does not fit the layer.
@@ -174,24 +139,26 @@ class QuantLinear(nn.Module):
         linear: Any,
         scheme: QuantScheme | SitePlan,
         name: str,
-        packed: dict[int, Stored] | None,
+        packed: Packed | None,
         **options: Any,
     ) -> _Layer:
         weight, memo = linear.weight, packed if packed is not None else {}
         bias: Any = linear.bias
         plan = complete_plan(scheme, weight[0].numel(), name)
+        form = form_of(plan)
+        key = id(weight), form
         # Buffers made under inference_mode could not be loaded into later.
         with torch.inference_mode(False), torch.no_grad():
-            if id(weight) not in memo:
+            if key not in memo:
                 if weight.device.type == "meta":
                     raise WeightError(f"{name}: the weight is on the meta device; load it first")
-                q, *vectors = quantize_weight(weight.detach().flatten(1), form_of(plan))
+                q, *vectors = quantize_weight(weight.detach().flatten(1), form)
                 if not all(bool(torch.isfinite(vector).all()) for vector in vectors):
                     raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
-                memo[id(weight)] = own(q), *vectors
-            layer = cls(memo[id(weight)], bias, plan, weight.dtype, weight[0].numel(), **options)
-        for key in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
-            layer.__dict__[key] = getattr(linear, key)
+                memo[key] = own(q), *vectors
+            layer = cls(memo[key], bias, plan, weight.dtype, weight[0].numel(), **options)
+        for hooks in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
+            layer.__dict__[hooks] = getattr(linear, hooks)
         return layer.train(linear.training)
 
     def _set_key(self, w_NK: Tensor) -> None:
@@ -244,7 +211,7 @@ class QuantLinear(nn.Module):
             raise RecipeError(
                 f"{self.extra_repr()}: no model tells this layer its timestep; quantize_ the whole model by the recipe"
             )
-        return self._input_scale.index_select(0, self.clock.read())
+        return self._input_scale.index_select(0, self.clock.read(self._input_scale.device))
 
     def _stored(self) -> Stored:
         vectors = (self._weight_zero, self._branch_down, self._branch_up)
@@ -298,6 +265,7 @@ class QuantLinear(nn.Module):
                 if value is not None and old is not None and value.dtype != old.dtype:
                     self._buffers[name] = old.to(value.device)
             self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=key.device)).dtype
+            self._wind_clock()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -306,6 +274,8 @@ class QuantLinear(nn.Module):
         for name, value in self._vectors().items():
             destination[prefix + name] = value
         destination[prefix + "scheme"] = name_of(self.scheme)
+        if self.clock is not None:
+            destination[prefix + "input_edges"] = self.clock.saved()
 
     def _load_from_state_dict(
         self,
@@ -335,8 +305,9 @@ class QuantLinear(nn.Module):
 
     def _load_weight(self, found: dict[str, Tensor], assign: bool) -> str | None:
         """Take what a state dict holds for the weight; returns why not, and then nothing is changed."""
-        told = found.pop("scheme", None)  # none in what earlier versions saved
+        told, edges = found.pop("scheme", None), found.pop("input_edges", None)  # earlier versions saved none
         problem = self._why_not_load(found, assign) or why_other_weight(told, self.scheme)
+        problem = problem or (self.clock.why_other(edges) if self.clock is not None else None)
         if problem is not None:
             return problem
         if "weight" in found:
@@ -359,7 +330,12 @@ class QuantLinear(nn.Module):
                 self._buffers[f"_{name}"] = value.detach()
             else:
                 self._vectors()[name].copy_(value)
+        self._wind_clock()
         return None
+
+    def _wind_clock(self) -> None:
+        if self.clock is not None and self._input_scale is not None:
+            self.clock.follow(self._input_scale.device)
 
     def _vectors(self) -> dict[str, Tensor]:
         """What a state dict holds beside the weight's integers."""

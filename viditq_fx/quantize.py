@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from viditq_fx.errors import OptionError, StrictError, ViditqError
-from viditq_fx.ops.weight_forms import Stored
+from viditq_fx.layer_plan import Packed
 from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
@@ -234,7 +234,7 @@ def why_not_replaced(module: nn.Module) -> str | None:
 def _swap(model: nn.Module, chosen: Mapping[str, nn.Module], options: CompileOptions) -> None:
     """Pack everything first, then replace: a failure half-way leaves the model as it was."""
     made: dict[int, QuantLinear] = {}
-    packed: dict[int, Stored] = {}
+    packed: Packed = {}
     planned = options.recipe.sites if options.recipe is not None else {}
     for path, layer in chosen.items():
         if id(layer) not in made:

@@ -8,6 +8,7 @@ module that writes the range's number where they read it. Nothing waits for the 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,28 +19,91 @@ from viditq_fx.errors import RecipeError
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 """What diffusers' models call it, most common first."""
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class _Call:
+    """What one thread's running call of the model is at."""
+
+    def __init__(self) -> None:
+        self.bucket: Tensor | None = None
+
+
+class _PerThread(threading.local):
+    """A `_Call` for every thread. Dynamo reads through a thread's own attributes, and writes to what they hold."""
+
+    def __init__(self) -> None:
+        self.call = _Call()
 
 
 class Clock:
-    """The number of the timestep's range in the model's current call: read by every layer with static ranges."""
+    """The number of the timestep's range in the model's current call: read by every layer with static ranges.
+
+    Threads that sample with one model at once have a number each.
+    """
 
     def __init__(self, edges: Sequence[float], device: torch.device) -> None:
-        self.edges = torch.tensor(tuple(edges), dtype=torch.float32, device=device)
-        self.bucket: Tensor | None = None
+        self.values = tuple(edges)
+        self.edges = self._on(device)
+        self._now = _PerThread()
 
-    def read(self) -> Tensor:
-        """int64 [1]. Raises RecipeError before the first call of the model that the clock belongs to."""
-        if self.bucket is None:
+    def _on(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
+
+    def read(self, device: torch.device) -> Tensor:
+        """int64 [1] on `device`. Raises RecipeError before this thread's first call of the clock's model."""
+        call = self._now.call
+        if call.bucket is None:
             raise RecipeError(
                 "a layer with input ranges by timestep ran outside its model: call the whole model that "
-                "quantize_ was given, whose timestep argument chooses the range"
+                "quantize_ was given, in the thread that runs its layers: its timestep argument chooses the range"
             )
-        return self.bucket
+        if call.bucket.device != device:  # kept: later layers are there too, unless a model lies on several
+            call.bucket = _moved(call.bucket, device)
+        return call.bucket
 
     def set(self, timestep: Any) -> None:
-        """Note a call's timestep, a number or a tensor of any shape: its largest value counts."""
-        value = torch.as_tensor(timestep, device=self.edges.device)
-        self.bucket = bucket_of(value, self.edges)
+        """Note a call's timestep, a number or a tensor of any shape on any device: its largest value counts."""
+        if not isinstance(timestep, Tensor):
+            timestep = torch.as_tensor(timestep, device=self.edges.device)
+        edges = self.edges
+        if (
+            edges.device != timestep.device
+        ):  # these go where it is: to bring it here could wait for the device
+            edges = _moved(edges, timestep.device)
+        self._now.call.bucket = bucket_of(timestep, edges)
+
+    def follow(self, device: torch.device) -> None:
+        """Keep the edges where the layers are now; not on meta, where a timestep is only to pass by."""
+        if device.type != "meta" and device != self.edges.device:
+            self.edges = self._on(device)
+
+    def why_other(self, told: Tensor | None) -> str | None:
+        """Why edges that were saved beside a layer's scales are not these; None if they are, or none were saved."""
+        if told is None or (
+            told.device.type != "meta" and told.tolist() == self._on(torch.device("cpu")).tolist()
+        ):
+            return None
+        theirs = "no values" if told.device.type == "meta" else told.tolist()
+        return (
+            f"input_edges: the saved scales are for ranges of the timestep between {theirs}, this model's are between "
+            f"{list(self.values)}; quantize it by the recipe that was saved"
+        )
+
+    def saved(self) -> Tensor:
+        """The edges as a state dict holds them, fp32 [T - 1]: a tensor of its own for each layer."""
+        return self._on(torch.device("cpu"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.values, "device": self.edges.device}  # calls that run are no part of a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["values"], state["device"])
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """A few numbers on another device; nothing waits unless they come from one that is not the CPU."""
+    return value.to(device, non_blocking=value.device.type == "cpu")
 
 
 def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
@@ -48,21 +112,27 @@ def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
 
 
 def timestep_name(model: nn.Module, given: str | None = None) -> str | None:
-    """The parameter of the model's forward that holds the timestep; None where it has none.
+    """The argument of the model's forward that holds the timestep; None where it has none.
 
-    Raises RecipeError where `given` is no parameter of it.
+    Raises RecipeError where `given` is no parameter of it, and it takes no others by name (**kwargs) either.
     """
-    names = inspect.signature(model.forward).parameters
-    if given is not None and given not in names:
-        raise RecipeError(f"timestep={given!r}: {type(model).__name__}.forward takes {', '.join(names)}")
-    return given or next((name for name in TIMESTEP_NAMES if name in names), None)
+    known = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    if given is not None and given not in known and not takes_any:
+        raise RecipeError(
+            f"timestep={given!r} is no argument of {type(model).__name__}.forward; it takes {', '.join(known)}"
+        )
+    return given or next((name for name in TIMESTEP_NAMES if name in known), None)
 
 
 def timestep_value(model: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call of the model was given as its timestep; None where it was left out."""
+    """What a call of the model was given as its timestep, by position or by name; None where it was left out."""
     if name in kwargs:
         return kwargs[name]
-    position = list(inspect.signature(model.forward).parameters).index(name)
+    positions = [
+        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in _POSITIONAL
+    ]
+    position = positions.index(name) if name in positions else len(args)
     return args[position] if position < len(args) else None
 
 

@@ -11,7 +11,7 @@ from tests.small_models import tiny_dit
 from viditq_fx.calibration.balance import channel_scale, random_signs
 from viditq_fx.calibration.options import read_options
 from viditq_fx.calibration.run import collect
-from viditq_fx.calibration.trial import Trial
+from viditq_fx.calibration.trial import TRIED_CHANNELS, Trial, spread_rows
 from viditq_fx.ops.rotate import rotate, transform_weight
 from viditq_fx.scheme import QuantScheme
 
@@ -138,11 +138,22 @@ def test_linears_of_one_input_get_one_plan():
     assert torch.equal(group.weight_amax(), weights.abs().amax(0))
 
 
+@pytest.mark.parametrize("width", [256, 257, 511, 512, 1023])
+def test_the_tried_rows_reach_from_the_first_to_the_last(width):
+    """Fused q, k and v lie one below the other: rows of one end would leave v out."""
+    kept = spread_rows(torch.arange(width)[:, None], TRIED_CHANNELS).flatten()
+    assert (len(kept), int(kept[0]), int(kept[-1])) == (TRIED_CHANNELS, 0, width - 1)
+    steps = kept.diff()
+    assert 1 <= steps.min() <= steps.max() <= steps.min() + 1
+
+
 def test_the_error_of_a_trial_is_that_of_the_linear():
     model = tiny_dit(layers=1)
     group = collect(model, calls(model)).group("blocks.0.down")
     multiplier = torch.rand(256) + 0.5
     got = Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64)
+    with torch.autocast("cpu", torch.bfloat16):  # around the whole calibration, as around sampling
+        assert Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64) == got
     x, w = group.reservoir().rows_RK, model.blocks[0].down.weight
     xq, wq = rotate(x, multiplier, 64), transform_weight(w, multiplier, 64)
     xs, ws = (t.abs().amax(1, keepdim=True) / 127 for t in (xq, wq))

@@ -271,6 +271,11 @@ def test_mistakes_are_told():
         (5, "run is a function without arguments"),
         ("lambda", "run is a function without arguments"),
         ([5], "sample 0 is int"),
+        (
+            [(x, torch.ones(2))],
+            r"a tuple \(Tensor, Tensor\), which means \(args, kwargs\).* \[x, t\], or as \(\(x, t\)",
+        ),
+        ([((x,),)], r"a tuple \(tuple\)"),
         ([], "run holds no sample"),
         (lambda: None, "never called this TinyDiT"),
         (lambda: model(x * torch.nan, timestep=torch.ones(2)), "'blocks.0.k' reads NaN or infinity"),
@@ -295,6 +300,22 @@ def test_mistakes_are_told():
         vq.calibrate(model.forward, good)
     with pytest.raises(vq.RecipeError, match="give a list or a function, not a generator"):
         vq.calibrate(model, (s for s in [good]), scheme="w8a8-static")
+
+
+def test_a_list_is_positional_arguments():
+    model, (x, t) = tiny_dit(layers=1), tiny_inputs()
+    options = {"balance": "off", "rotation": "off", "scheme": "w8a8-static"}
+    listed, paired = (vq.calibrate(model, [s], **options) for s in ([x, t], ((x, t), {})))
+    assert state(listed) == state(paired)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.up.weight", "blocks.0.v.bias", "time.weight"])
+def test_a_weight_that_is_not_finite_is_blamed_and_not_who_reads_its_output(name):
+    model = tiny_dit(layers=1)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = torch.nan
+    with pytest.raises(vq.RecipeError, match=f"'{name}' of this TinyDiT holds NaN or infinity"):
+        vq.calibrate(model, calls(model))
 
 
 def test_layers_that_no_call_reached_are_named():

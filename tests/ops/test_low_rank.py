@@ -1,11 +1,15 @@
 """The low-rank branch: it takes off what it can, adds what it took, and is the same every time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from viditq_fx.ops.low_rank import add_low_rank, split_low_rank
+from viditq_fx.ops.packed_weights import packed_weight
 from viditq_fx.ops.rotate import rotate
 from viditq_fx.ops.weight_forms import dequantize_weight, quantize_weight
 from viditq_fx.quant_linear import QuantLinear
@@ -44,6 +48,21 @@ def test_an_outlier_direction_no_longer_sets_the_grid():
         back = dequantize_weight(quantize_weight(w, form), 128, form, torch.float32)
         errors[name] = float((back - w).norm() / w.norm())
     assert errors["w4a4-asym-svd16"] < 0.3 * errors["w4a4-asym"]
+
+
+def test_a_weight_packed_under_autocast_is_the_same():
+    """The first compiled call packs, and pipelines make it under autocast."""
+    w = drawn(64, 128) + 20 * drawn(64, 1, seed=1) @ drawn(1, 128, seed=2)
+    for form in (
+        QuantScheme.parse("w4a8-asym-svd16").weight_form,
+        replace(QuantScheme.parse("w4a8-g128-svd16").weight_form, rotation=64),
+    ):
+        want = packed_weight(nn.Parameter(w.clone()), form, "outside")
+        with torch.autocast("cpu", torch.bfloat16):
+            got = packed_weight(nn.Parameter(w.clone()), form, "inside")
+            back = dequantize_weight(got, 128, form, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert torch.equal(back, dequantize_weight(want, 128, form, torch.float32))
 
 
 def test_a_branch_of_a_rank_that_is_none():

@@ -91,6 +91,20 @@ def test_nan_stays_in_its_row():
     ]
 
 
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_autocast_does_not_reach_the_rotation(backend):
+    x, multiplier = torch.randn(8, 128), torch.rand(128) + 0.5
+
+    def turned(x):
+        return torch.ops.viditq.rotate(x, multiplier, 64)
+
+    run = turned if backend is None else torch.compile(turned, backend=backend, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, turned(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_common_offset_is_spread_not_gathered():
     """What Sylvester's matrix does wrong: after a GELU all channels share an offset."""
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)) + 3

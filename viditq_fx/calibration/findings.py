@@ -146,6 +146,11 @@ def _check(watch: Watch, ledger: Ledger, samples: int) -> None:
             f"calibrate: none of the linears of this {name} is to be quantized; layers of quantize_ are integers "
             f"already, so calibrate first{refused}"
         )
+    at_fault = watch.sightings.not_finite()
+    if at_fault is not None:
+        raise RecipeError(
+            f"calibrate: {at_fault!r} of this {name} holds NaN or infinity; load its checkpoint again, or repair it"
+        )
     problem = ledger.problem()
     if problem is not None:
         raise RecipeError(f"calibrate: {problem}")

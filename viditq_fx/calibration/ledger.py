@@ -189,7 +189,7 @@ class Ledger:
             whole = record.whole()
             if not math.isfinite(float(whole.amax.max())) or not bool(torch.isfinite(whole.square).all()):
                 return (
-                    f"site {record.key.sites[0]!r} reads NaN or infinity; check the model and the samples in "
-                    "full precision first"
+                    f"site {record.key.sites[0]!r} reads NaN or infinity, and no linear's weight holds any; check the "
+                    "samples, and the model in full precision, first"
                 )
         return None

@@ -48,7 +48,7 @@ def calibrate(
     """Watch `model` while `run` samples with it, and return how each of its linears is best quantized.
 
     run: a function without arguments that makes the model be called, `lambda: pipe(prompt)`, or an iterable of such
-        functions or of the model's arguments ((args, kwargs) or a dict). It runs without gradients and in full
+        functions or of the model's arguments ((args, kwargs), a list or a dict). It runs without gradients and in full
         precision; `model` may be compiled already. A static scheme with rotated sites runs it twice.
     scheme, keep: as in `quantize_`.
     timestep: name of the argument of the model's forward that holds the timestep; by default "timestep", "timesteps"

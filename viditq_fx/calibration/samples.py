@@ -9,7 +9,8 @@ from viditq_fx.errors import RecipeError
 
 _FORMS = (
     "run is a function without arguments that makes the model be called, such as lambda: pipe(prompt), or an iterable "
-    "of such functions or of the model's own arguments: (args, kwargs) or a dict of keyword arguments"
+    "of such functions or of the model's own arguments: a tuple of two, (args, kwargs), a list of positional arguments "
+    "or a dict of keyword arguments"
 )
 
 
@@ -48,9 +49,24 @@ class Samples:
     def _function(self, index: int, sample: Any) -> Callable[[], Any]:
         if callable(sample):
             return sample
-        args, kwargs = ((), sample) if isinstance(sample, Mapping) else (sample, None)
-        if kwargs is None and isinstance(sample, tuple) and len(sample) == 2:
+        args: Any = ()
+        kwargs: Any = {}
+        if isinstance(sample, tuple):
+            if (
+                len(sample) != 2
+                or not isinstance(sample[0], tuple | list)
+                or not isinstance(sample[1], Mapping)
+            ):
+                kinds = ", ".join(type(part).__name__ for part in sample)
+                raise RecipeError(
+                    f"calibrate: sample {index} is a tuple ({kinds}), which means (args, kwargs), a tuple and a dict: "
+                    "write positional arguments as a list, [x, t], or as ((x, t), {})"
+                )
             args, kwargs = sample
-        if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
+        elif isinstance(sample, Mapping):
+            kwargs = sample
+        elif isinstance(sample, list):
+            args = sample
+        else:
             raise RecipeError(f"calibrate: sample {index} is {type(sample).__name__}: {_FORMS}")
         return lambda: self._model(*args, **kwargs)

@@ -57,7 +57,7 @@ def measure_sensitivity(
     """Measure what every unit alone does to every metric, at every candidate scheme.
 
     run: called as run(model); it draws samples and returns them as one tensor. Every call starts from the same state
-        of torch's random numbers (`seed`), so that what differs is the model.
+        of torch's random numbers (`seed`), so that what differs is the model; numpy's and `random`'s are run's to seed.
     recipe: brings balance and rotation by site (calibrate for `low`), and what is kept in full precision.
     metrics: group -> loss(reference, test), lower is better, for every group of units; or a `quality.Judge`.
         "visual" is `relative_square` unless given. All are asked of every run; a unit's own group's decides.
@@ -235,7 +235,8 @@ def _check_seeded(reference: Tensor, seen: Any) -> None:
     if reference.shape != seen.shape or relative_square(reference, seen) > UNSEEDED**2:
         raise RecipeError(
             "measure_sensitivity: two runs in full precision drew different samples; let run draw the same noise at "
-            "every call: a torch.Generator is to be made and seeded inside run"
+            "every call. Only torch's own random numbers are seeded before it: inside run, make and seed each "
+            "torch.Generator and numpy.random.default_rng, or call numpy.random.seed and random.seed"
         )
 
 

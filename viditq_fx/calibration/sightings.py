@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from viditq_fx.errors import RecipeError
+from viditq_fx.ops.packed_weights import is_released
 from viditq_fx.report import SiteReport
 from viditq_fx.site import site_of_module
 
@@ -93,6 +95,16 @@ class Sightings:
         if not names:
             return fqn, None
         return (fqn, names[fqn]) if fqn in names else next(iter(names.items()))
+
+    def not_finite(self) -> str | None:
+        """The first weight or bias of a seen linear that holds NaN or infinity; None where all are finite."""
+        owners = {name.rpartition(".")[0] for name in self._weights}
+        for name, tensor in self._tensors.items():
+            of_linear = name in self._weights or (name.endswith("bias") and name.rpartition(".")[0] in owners)
+            readable = tensor.is_floating_point() and tensor.device.type != "meta" and not is_released(tensor)
+            if of_linear and readable and not bool(torch.isfinite(tensor.detach()).all()):
+                return name
+        return None
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON values that `absorb` takes."""

@@ -6,7 +6,6 @@ is a closed range of values that were seen, in the units of the model's own argu
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from viditq_fx.errors import RecipeError
-from viditq_fx.timestep import TIMESTEP_NAMES
+from viditq_fx.timestep import timestep_name, timestep_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +25,12 @@ class TimestepArgument:
 
     name: str | None
     """None: the model has none."""
-    signature: inspect.Signature
+    model: nn.Module
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None) -> TimestepArgument:
         """Find it in the signature of `model.forward`. Raises RecipeError for a `name` that is not there."""
-        signature = inspect.signature(model.forward)
-        known = signature.parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-        if name is None:
-            return cls(name=next((n for n in TIMESTEP_NAMES if n in known), None), signature=signature)
-        if name not in known and not takes_any:
-            raise RecipeError(
-                f"calibrate: timestep={name!r} is no argument of {type(model).__name__}.forward; "
-                f"it takes {', '.join(known)}"
-            )
-        return cls(name=name, signature=signature)
+        return cls(name=timestep_name(model, name), model=model)
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
         """The largest timestep of a call; None where it has none. Raises RecipeError for what is no number.
@@ -50,12 +39,7 @@ class TimestepArgument:
         """
         if self.name is None:
             return None
-        value = kwargs.get(self.name)
-        if value is None and self.name in self.signature.parameters:
-            try:
-                value = self.signature.bind_partial(*args).arguments.get(self.name)
-            except TypeError:  # the call itself will say what is wrong with it
-                return None
+        value = timestep_value(self.model, self.name, args, kwargs)
         if value is None:
             return None
         try:

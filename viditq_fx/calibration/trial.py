@@ -17,6 +17,7 @@ from torch import Tensor
 
 from viditq_fx.calibration.groups import Group
 from viditq_fx.calibration.timesteps import range_of
+from viditq_fx.ops.linear import without_autocast
 from viditq_fx.ops.quantize import EPS
 from viditq_fx.ops.rotate import rotate
 from viditq_fx.ops.weight_forms import Multiplier, linear_in_scheme, quantize_input, quantize_weight
@@ -39,8 +40,10 @@ class Trial:
         order = torch.argsort(ranges, stable=True)
         self._sizes = torch.bincount(ranges).tolist()
         self._x_RK = kept.rows_RK.to(device, torch.float32)[order.to(device)]
-        self._weights = [_part(linear.matrix).to(device, torch.float32) for linear in group.linears]
-        self._truths = [self._x_RK @ w_NK.t() for w_NK in self._weights]
+        tried = (spread_rows(linear.matrix, TRIED_CHANNELS) for linear in group.linears)
+        self._weights = [w_NK.to(device, torch.float32) for w_NK in tried]
+        with without_autocast(self._x_RK):
+            self._truths = [self._x_RK @ w_NK.t() for w_NK in self._weights]
 
     def error(self, multiplier_K: Tensor | None, rotation: int) -> float:
         """The module's formula, 0 where nothing is lost."""
@@ -72,6 +75,10 @@ class Trial:
         return torch.cat(q), torch.cat(scales)
 
 
-def _part(w_NK: Tensor) -> Tensor:
-    step = max(1, w_NK.shape[0] // TRIED_CHANNELS)
-    return w_NK[::step][:TRIED_CHANNELS]
+def spread_rows(w_NK: Tensor, rows: int | None) -> Tensor:
+    """At most `rows` rows of a weight, evenly spread from the first to the last; all of them for None."""
+    width = w_NK.shape[0]
+    if rows is None or width <= rows:
+        return w_NK
+    at_R = torch.linspace(0, width - 1, rows, device=w_NK.device).round().to(torch.int64)
+    return w_NK[at_R]

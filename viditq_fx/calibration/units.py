@@ -21,9 +21,9 @@ from viditq_fx.calibration.reservoir import Reservoir
 from viditq_fx.calibration.sightings import WatchedLinear
 from viditq_fx.calibration.watch import Watch
 from viditq_fx.errors import RecipeError
+from viditq_fx.layer_plan import Packed
 from viditq_fx.ops.fp8 import why_no_fp8
 from viditq_fx.ops.rotate import rotation_block
-from viditq_fx.ops.weight_forms import Stored
 from viditq_fx.quant_conv import quantized_layer
 from viditq_fx.quantize import why_not_replaced
 from viditq_fx.recipe import Recipe, SitePlan
@@ -196,7 +196,7 @@ class Swap:
 
     def __enter__(self) -> Swap:
         made: dict[int, nn.Module] = {}
-        packed: dict[int, Stored] = {}
+        packed: Packed = {}
         for unit in self._found.units:
             for site, (_, depth) in zip(unit.sites, unit.shapes, strict=True):
                 if unit.name in self._schemes:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from viditq_fx.calibration.findings import Findings
+from viditq_fx.calibration.trial import spread_rows
 from viditq_fx.ops.bgr import Refinement
 from viditq_fx.ops.grid import dequantize_weight_grid, fit_weight_grid
 from viditq_fx.ops.packed_weights import is_released
@@ -51,7 +52,7 @@ def weight_errors(
         for site in group.sites:
             linears = [linear for linear in group.linears if linear.fqn == site]
             if linears and not any(is_released(linear.weight) for linear in linears):
-                entries[site] = _entry(site, [_some(linear.matrix, rows) for linear in linears], bits)
+                entries[site] = _entry(site, [spread_rows(linear.matrix, rows) for linear in linears], bits)
     return tuple(entries[site] for site in sorted(entries))
 
 
@@ -85,12 +86,3 @@ def _squared_error(w_NK: Tensor, bits: int, refinement: Refinement | None) -> fl
     q_NK, scale, zero = fit_weight_grid(w_NK, bits, 0, refinement)
     near_NK = dequantize_weight_grid(q_NK, scale, zero, 0, torch.float32)
     return float((near_NK.double() - w_NK.double()).square().sum())
-
-
-def _some(w_NK: Tensor, rows: int | None) -> Tensor:
-    """At most `rows` rows, evenly spread."""
-    width = w_NK.shape[0]
-    if rows is None or width <= rows:
-        return w_NK
-    at_R = torch.linspace(0, width - 1, rows, device=w_NK.device).round().to(torch.int64)
-    return w_NK[at_R]

@@ -11,6 +11,7 @@ of any float dtype; result [..., N] in `out_dtype`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ EXACT_K = 2**24 // (127 * 128)
 Inputs are within +-127; a weight of an asymmetric grid may be -128."""
 
 
-def without_autocast(like: Tensor) -> torch.autocast:
-    """A context in which an fp32 GEMM of integers stays one: autocast would round them to 16 bits."""
-    return torch.autocast(like.device.type, enabled=False)
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """A context in which an fp32 GEMM stays one: autocast would round its operands to 16 bits, and its result."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def exact_int_matmul(x_MK: Tensor, w_NK: Tensor, exact_depth: int = EXACT_K) -> Tensor:

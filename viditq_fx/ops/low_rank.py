@@ -45,7 +45,7 @@ def split_low_rank(
     if not bool(torch.isfinite(moved).all()):
         empty = moved.new_zeros(rank, moved.shape[1]), moved.new_zeros(moved.shape[0], rank)
         return moved, empty[0].to(STORED), empty[1].to(STORED)
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), without_autocast(w):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(moved, min(rank + _OVERSAMPLED, min(moved.shape)), niter=_POWER_STEPS)
     root = s[:rank].sqrt()
@@ -55,7 +55,9 @@ def split_low_rank(
         raw = raw * multiplier
     raw = raw.to(STORED)
     kept = transform_weight(raw.float(), multiplier, rotation)
-    return moved - up.float() @ kept, raw.contiguous(), up.contiguous()
+    with without_autocast(w):
+        rest = moved - up.float() @ kept
+    return rest, raw.contiguous(), up.contiguous()
 
 
 def quantize_weight_low_rank(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from viditq_fx.ops.base import QuantOp, Sample, register
+from viditq_fx.ops.linear import without_autocast
 from viditq_fx.ops.quantize import check_bits, quantize_per_token
 
 LARGEST_BLOCK = 256
@@ -130,7 +131,8 @@ def _in_blocks(x: Tensor, block: int) -> Tensor:
     if block == 1:
         return x.contiguous()
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
-    return (blocks @ hadamard(block, x.device, x.dtype)).reshape(x.shape)
+    with without_autocast(x):  # it would multiply, and return, 16 bits
+        return (blocks @ hadamard(block, x.device, x.dtype)).reshape(x.shape)
 
 
 def _check_block(block: int) -> None:

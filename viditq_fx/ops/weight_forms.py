@@ -18,7 +18,7 @@ from viditq_fx.errors import SchemeError
 from viditq_fx.ops.base import QuantOp
 from viditq_fx.ops.fp8 import E4M3, LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_TOKEN, quantize_fp8_per_channel
 from viditq_fx.ops.grid import dequantize_weight_grid, quantize_weight_grid
-from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8
+from viditq_fx.ops.linear import LINEAR_W8A7, LINEAR_W8A8, without_autocast
 from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.ops.low_rank import ADD_LOW_RANK, quantize_weight_low_rank
@@ -179,7 +179,8 @@ def dequantize_weight(stored: Stored, depth: int, form: WeightForm, dtype: torch
         w_NK = w_NK * values
     if branch:
         down, up = branch
-        w_NK = w_NK + up.to(torch.float32) @ down.to(torch.float32)
+        with without_autocast(w_NK):
+            w_NK = w_NK + up.to(torch.float32) @ down.to(torch.float32)
     return w_NK.to(dtype)
 
 

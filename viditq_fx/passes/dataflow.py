@@ -7,14 +7,17 @@ on y's values. Both matter to every question about roles.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable
 from enum import Flag, auto
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from viditq_fx.graph_edit import example
@@ -80,6 +83,37 @@ def source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "") if source is not None else ""
     return name if isinstance(name, str) else name()
+
+
+def is_argument(node: fx.Node, name: str) -> bool:
+    """Whether a placeholder is an argument of the compiled function, and no entry of a dict that is one.
+
+    Its own parameter, or what it takes by name in **kwargs.
+    """
+    own, told = f"L[{name!r}]", source_name(node)
+    if told == own:
+        return True
+    base = getattr(getattr(node, "_dynamo_source", None), "base", None)
+    local = getattr(base, "local_name", None)  # only what is a local itself has one
+    if local is None or told != f"L[{local!r}][{name!r}]":
+        return False
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # slow to import, and loaded by then
+
+    return local == _keywords_of(InstructionTranslator.current_tx().f_code)
+
+
+def _keywords_of(code: CodeType) -> str | None:
+    """What a function calls its **kwargs; None where it takes none."""
+    named = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    return code.co_varnames[named] if code.co_flags & inspect.CO_VARKEYWORDS else None
+
+
+def is_constant_argument(name: str) -> bool:
+    """Whether the graph that is being compiled was captured for one value of this argument, as for a Python number."""
+    tracing = TracingContext.try_get()
+    guards = () if tracing is None else tracing.guards_context.dynamo_guards
+    constant = ("CONSTANT_MATCH", "EQUALS_MATCH")
+    return any(guard.name == f"L[{name!r}]" and guard.create_fn_name() in constant for guard in guards)
 
 
 class DataFlow:

@@ -12,7 +12,7 @@ from viditq_fx.graph_edit import call, example
 from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.ops.weight_forms import Multiplier
 from viditq_fx.passes.base import ConstantSlot, PassContext
-from viditq_fx.passes.dataflow import source_name
+from viditq_fx.passes.dataflow import is_argument, is_constant_argument
 from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.report import CompileReport
 from viditq_fx.scheme import QuantScheme
@@ -142,11 +142,17 @@ def _bucket(graph: fx.Graph, fqn: str, linear: fx.Node, ctx: PassContext) -> fx.
     assert ctx.recipe is not None
     name = ctx.recipe.timestep
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    timestep = next((n for n in placeholders if name and source_name(n).endswith(f"[{name!r}]")), None)
+    timestep = next((n for n in placeholders if name and is_argument(n, name)), None)
     if timestep is None or not isinstance(example(timestep), torch.Tensor):
+        number = timestep is not None or (name is not None and is_constant_argument(name))
+        todo = (
+            f"it was given as a Python number: pass a tensor, such as torch.tensor([{name}])"
+            if number
+            else "compile the whole model and not its blocks"
+        )
         raise RecipeError(
-            f"{fqn}: scheme with input ranges by timestep, but this graph has no tensor argument {name!r}: compile the "
-            "whole model and not its blocks, or choose a scheme without '-timestep'"
+            f"{fqn}: scheme with input ranges by timestep, but this graph has no tensor argument {name!r}: {todo}, or "
+            "choose a scheme without '-timestep'"
         )
     edges = torch.tensor(ctx.recipe.edges, dtype=torch.float32)
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
