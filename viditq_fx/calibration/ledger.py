@@ -112,8 +112,9 @@ class Ledger:
             place = self._bucket, branch
             if place not in record.parts:
                 ready = self._ready.pop((key, branch), None)
-                same = ready is not None and ready.low.device == x.device
-                record.parts[place] = ready if same else Statistics.empty(key.depth, x.device)
+                if ready is None or ready.low.device != x.device:
+                    ready = Statistics.empty(key.depth, x.device)
+                record.parts[place] = ready
             record.parts[place].add(part)
         if self.rows:
             occurrence = self._seen[key] = self._seen.get(key, 0) + 1
