@@ -47,6 +47,13 @@ def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
     return torch.bucketize(timestep.amax().to(torch.float32), edges, right=True).reshape(1)
 
 
+def range_names(edges: Sequence[float]) -> list[str]:
+    """The ranges between edges in words, e.g. "t < 250", "250 <= t < 500", "500 <= t"."""
+    ends = [f"{edge:.4g}" for edge in edges]
+    lows, highs = ["", *(f"{end} <= " for end in ends)], [*(f" < {end}" for end in ends), ""]
+    return [f"{low}t{high}" for low, high in zip(lows, highs, strict=True)]
+
+
 def timestep_name(model: nn.Module, given: str | None = None) -> str | None:
     """The parameter of the model's forward that holds the timestep; None where it has none.
 

@@ -154,6 +154,8 @@ def _solve(
 def _check(table: SensitivityTable, recipe: Recipe) -> None:
     if not table.units:
         raise RecipeError("the table has no units: measure_sensitivity first")
+    if table.edges:
+        raise RecipeError("allocate reads no ranges of the timestep: measure with ranges=1")
     for unit in table.units:
         for site, shape in zip(unit.sites, unit.shapes, strict=True):
             plan = recipe.sites.get(site)
