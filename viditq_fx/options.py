@@ -121,15 +121,7 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[CompileOptions, di
     if not isinstance(ours.get("mode"), str | None):
         raise OptionError(f"option 'mode' is the name of an Inductor mode, not {ours['mode']!r}")
     ours = _switching(ours)
-    recipe = ours.get("recipe")
-    if recipe is not None:
-        scheme = ours.get("scheme", recipe.scheme)
-        if scheme != recipe.scheme and "scheme" in options:
-            raise OptionError(
-                f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
-            )
-        ours |= {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
-    return CompileOptions(**ours), rest
+    return CompileOptions(**_with_recipe(ours, options)), rest
 
 
 def unknown_option(key: str, inductor_names: Iterable[str]) -> OptionError:
@@ -182,6 +174,21 @@ def _recipe(value: Any) -> Recipe | None:
     if not isinstance(value, str | PathLike):
         raise OptionError(f"option 'recipe' is a Recipe or the directory of a saved one, not {value!r}")
     return Recipe.load(value)
+
+
+def _with_recipe(ours: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a recipe has them, if there is one; `given`: what the user asked for. Raises OptionError."""
+    recipe = ours.get("recipe")
+    if recipe is None:
+        return ours
+    scheme = ours.get("scheme", recipe.scheme)
+    if scheme != recipe.scheme and "scheme" in given:
+        raise OptionError(
+            f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
+        )
+    if recipe.ranges > 1:
+        raise OptionError("a recipe with ranges of the timestep cannot be run: give recipe.at_range(i)")
+    return ours | {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
 
 
 def _listed(key: str, value: Any) -> tuple[Any, ...]:

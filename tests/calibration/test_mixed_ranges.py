@@ -1,16 +1,20 @@
 """Mixed precision by range of the timestep: each unit is measured in the steps of one range, and the table says so."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import viditq_fx as vq
 from tests.small_models import tiny_dit, tiny_inputs
 from viditq_fx.calibration.sensitivity import relative_square
 from viditq_fx.calibration.swap import StepRanges
+from viditq_fx.calibration.units import Unit
 from viditq_fx.quant_linear import QuantLinear
 
 RECIPE = vq.Recipe(scheme=vq.QuantScheme.parse("w8a8"))
@@ -214,3 +218,140 @@ def test_the_heat_map_has_a_column_for_each_range(table, tmp_path):
     assert table.plot(tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     swapped = replace(table, in_ranges=table.in_ranges[::-1])
     assert swapped.plot(tmp_path / "b.png").read_bytes() != (tmp_path / "a.png").read_bytes()
+
+
+def made(losses, weights, edges=(250.0, 600.0), calls=CALLS, schemes=("w4a8", "w8a8")):
+    """A table of units with these losses [unit][range][scheme] and numbers of weights."""
+    units = tuple(
+        Unit(sites=(f"{index:02}",), shapes=((128, count),), group="visual")
+        for index, count in enumerate(weights)
+    )
+    parts = tuple(
+        {
+            unit.name: {s: {"visual": loss} for s, loss in zip(schemes, rows[part], strict=True)}
+            for unit, rows in zip(units, losses, strict=True)
+        }
+        for part in range(len(calls))
+    )
+    return vq.SensitivityTable(
+        schemes=schemes,
+        metrics=("visual",),
+        units=units,
+        losses={},
+        errors={"visual": 0.5},
+        edges=edges,
+        calls=calls,
+        timestep="timestep",
+        in_ranges=parts,
+    )
+
+
+def names(recipe):
+    return {path: [str(scheme) for scheme in plan.by_range] for path, plan in recipe.sites.items()}
+
+
+@pytest.mark.parametrize("method", ["greedy", "milp"])
+def test_bits_go_to_the_unit_and_range_that_need_them(method):
+    if method == "milp":
+        pytest.importorskip("scipy")
+    table = made(
+        [[(1.0, 0.0), (9.0, 0.0), (1.0, 0.0)], [(1.0, 0.0), (2.0, 0.0), (8.0, 0.0)], [(0.1, 0.0)] * 3],
+        [100, 100, 100],
+    )
+    # Ranges have 2, 2 and 3 of 7 calls: 5 of the 21 unit-calls at 8 bits.
+    recipe = vq.allocate(table, RECIPE, budget=4 + 4 * 5 / 21, method=method)
+    assert names(recipe) == {"00": ["w4a8", "w8a8", "w4a8"], "01": ["w4a8", "w4a8", "w8a8"], "02": []}
+    assert (recipe.range_edges, recipe.ranges, recipe.timestep) == (EDGES, 3, "timestep")
+    assert str(recipe.sites["02"].scheme) == "w4a8"
+    mixed = recipe.provenance["mixed"]
+    assert mixed["ranges"] == {"edges": list(EDGES), "calls": list(CALLS), "bits": [4.0, 16 / 3, 16 / 3]}
+    assert mixed["groups"]["visual"]["cost"] == pytest.approx(4 + 4 * 5 / 21)
+    assert (
+        f"mixed precision by range of the timestep ({method}): visual losses 1, 9, 1 alone at w4a8, the worst "
+        in (recipe.sites["00"].reason or "")
+    )
+    # One call less, and the range of three calls no longer fits.
+    less = names(vq.allocate(table, RECIPE, budget=4 + 4 * 4 / 21, method=method))
+    assert less == {"00": ["w4a8", "w8a8", "w4a8"], "01": ["w4a8", "w8a8", "w4a8"], "02": []}
+    whole = vq.allocate(table, RECIPE, budget=8.0, method=method)
+    assert (whole.range_edges, whole.timestep) == ((), None)
+    assert {str(plan.scheme) for plan in whole.sites.values()} == {"w8a8"}
+
+
+ROWS = st.tuples(*[st.tuples(st.floats(0, 1, width=16), st.floats(0, 1, width=16))] * 2)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(ROWS, st.integers(1, 9)), min_size=1, max_size=4), st.floats(4, 8))
+def test_milp_is_the_optimum_over_units_and_ranges(rows, bits):
+    pytest.importorskip("scipy")
+    calls = (1, 3)
+    table = made([row for row, _ in rows], [n for _, n in rows], (5.0,), calls)
+    costs = [(row[part], n * calls[part]) for row, n in rows for part in range(2)]
+    total = sum(n for _, n in costs)
+    best = min(
+        sum(loss[high] for (loss, _), high in zip(costs, pick, strict=True))
+        for pick in itertools.product((0, 1), repeat=len(costs))
+        if sum(n * (4 + 4 * high) for (_, n), high in zip(costs, pick, strict=True)) <= bits * total
+    )
+    for method in ("greedy", "milp"):
+        recipe = vq.allocate(table, RECIPE, budget=bits, method=method)
+        group = recipe.provenance["mixed"]["groups"]["visual"]
+        spent = sum(
+            recipe.at_range(part).sites[unit.name].scheme.weight_bits * unit.weights * calls[part]
+            for unit in table.units
+            for part in range(recipe.ranges)
+        )
+        if recipe.ranges == 2:
+            assert spent <= bits * total * 128 + 1e-6
+            assert group["cost"] == pytest.approx(spent / (total * 128))
+        assert group["cost"] <= bits + 1e-9
+        if method == "milp":
+            assert group["loss"] == pytest.approx(best, abs=1e-7)
+
+
+def test_latency_is_of_a_call_and_bytes_are_of_all_ranges():
+    table = made([[(1.0, 0.0), (9.0, 0.0), (1.0, 0.0)], [(3.0, 0.0), (3.0, 0.0), (3.0, 0.0)]], [128, 128])
+    costs = {unit.name: {"w4a8": 1.0, "w8a8": 2.0} for unit in table.units}
+    recipe = vq.allocate(table, RECIPE, budget={"latency": 2 + 2 / 7}, costs=costs)
+    assert names(recipe) == {"00": ["w4a8", "w8a8", "w4a8"], "01": []}
+    packed = {s: vq.QuantScheme.parse(s).weight_form.nbytes(128, 128) for s in table.schemes}
+    # Two forms of a weight take more than the larger: a range saves no memory, so units are promoted whole.
+    recipe = vq.allocate(table, RECIPE, budget={"bytes": sum(packed.values())})
+    assert (names(recipe), recipe.range_edges) == ({"00": [], "01": []}, ())
+    assert {path: str(plan.scheme) for path, plan in recipe.sites.items()} == {"00": "w8a8", "01": "w4a8"}
+
+
+def test_balance_and_rotation_are_those_of_the_site_in_every_range():
+    table = made([[(1.0, 0.0), (9.0, 0.0), (1.0, 0.0)], [(0.1, 0.0)] * 3], [64, 64])
+    signs = torch.ones(64)
+    plan = vq.SitePlan(
+        scheme=vq.QuantScheme.parse("w4a8-rot"), multiplier=signs, rotation=16, reason="rotated"
+    )
+    recipe = vq.allocate(table, replace(RECIPE, sites={"00": plan, "other": plan}), budget=5.0)
+    mixed = recipe.sites["00"]
+    assert (mixed.rotation, mixed.multiplier, recipe.sites["other"]) == (16, signs, plan)
+    assert [str(scheme) for scheme in mixed.by_range] == ["w4a8-rot", "w8a8-rot", "w4a8-rot"]
+    assert mixed.reason.endswith("; rotated")
+    middle = recipe.at_range(1).sites["00"]
+    assert (str(middle.scheme), middle.by_range, middle.rotation) == ("w8a8-rot", (), 16)
+    # A site that the recipe does not name is rotated where its scheme says so.
+    table = made([[(1.0, 0.0), (9.0, 0.0), (1.0, 0.0)]], [64], schemes=("w4a8-rot", "w8a8"))
+    recipe = vq.allocate(table, RECIPE, budget=5.5)
+    assert [recipe.at_range(i).sites["00"].rotation for i in range(3)] == [64, 1, 64]
+
+
+def test_recipes_that_do_not_fit_a_table_in_ranges_are_refused():
+    table = made([[(1.0, 0.0), (9.0, 0.0), (1.0, 0.0)]], [64])
+    with pytest.raises(vq.RecipeError, match="the argument 'when', and the table's ranges are of 'timestep'"):
+        vq.allocate(table, replace(RECIPE, timestep="when"), budget=5)
+    ranged = vq.allocate(table, RECIPE, budget=5.5)
+    other = replace(ranged, sites={"left": ranged.sites["00"]})
+    assert vq.allocate(table, other, budget=5.5).sites["left"] is other.sites["left"]
+    with pytest.raises(vq.RecipeError, match=r"for 'left', which is in no unit, and the table parts"):
+        vq.allocate(replace(table, edges=(1.0, 2.0)), other, budget=5.5)
+    broken = replace(table, in_ranges=(*table.in_ranges[:2], {}))
+    with pytest.raises(vq.RecipeError, match="unit '00' at 'w4a8' in range 2 of the timestep"):
+        vq.allocate(broken, RECIPE, budget=5)
+    with pytest.raises(vq.RecipeError, match="loss of nan at w4a8 in range 0"):
+        vq.allocate(made([[(torch.nan, 0.0)] * 3], [64]), RECIPE, budget=5)

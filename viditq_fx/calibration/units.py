@@ -195,6 +195,20 @@ def plan_at(scheme: QuantScheme, site: str, depth: int, recipe: Recipe) -> SiteP
     )
 
 
+def plan_in_ranges(schemes: Sequence[QuantScheme], site: str, depth: int, recipe: Recipe) -> SitePlan:
+    """The plan of a site at one scheme for each range of the timestep; one without ranges where all are the same.
+
+    Raises RecipeError as `plan_at`.
+    """
+    plans = [plan_at(scheme, site, depth, recipe) for scheme in schemes]
+    found = tuple(plan.scheme for plan in plans if plan.scheme is not None)
+    if len(set(found)) == 1:
+        return plans[0]
+    # Of a site that the recipe does not name, a candidate with -rot alone has a rotation; fp8 takes nothing.
+    whole = max(plans, key=lambda plan: (plan.rotation, plan.multiplier is not None))
+    return replace(whole, scheme=found[0], by_range=found)
+
+
 def why_no_candidate(scheme: QuantScheme, model: nn.Module) -> str | None:
     """Why a scheme cannot be tried on a model; None if it can."""
     if scheme.calibrated:
