@@ -186,8 +186,11 @@ def _with_recipe(ours: dict[str, Any], given: Mapping[str, Any]) -> dict[str, An
         raise OptionError(
             f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
         )
-    if recipe.ranges > 1:
-        raise OptionError("a recipe with ranges of the timestep cannot be run: give recipe.at_range(i)")
+    if recipe.ranges > 1 and ours.get("low_scheme") is not None:
+        raise OptionError(
+            "a recipe with ranges of the timestep chooses each step's bits, and so does a pair of schemes that "
+            "switches them: give one of the two, or recipe.at_range(i) beside the pair"
+        )
     return ours | {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
 
 

@@ -16,6 +16,7 @@ from viditq_fx.calibration.sensitivity import relative_square
 from viditq_fx.calibration.swap import StepRanges
 from viditq_fx.calibration.units import Unit
 from viditq_fx.quant_linear import QuantLinear
+from viditq_fx.runtime import executions
 
 RECIPE = vq.Recipe(scheme=vq.QuantScheme.parse("w8a8"))
 STEPS = [900.0, 800.0, 700.0, 500.0, 300.0, 200.0, 100.0]
@@ -355,3 +356,25 @@ def test_recipes_that_do_not_fit_a_table_in_ranges_are_refused():
         vq.allocate(broken, RECIPE, budget=5)
     with pytest.raises(vq.RecipeError, match="loss of nan at w4a8 in range 0"):
         vq.allocate(made([[(torch.nan, 0.0)] * 3], [64]), RECIPE, budget=5)
+
+
+def test_what_was_allocated_is_what_the_steps_run_at(table, monkeypatch, tmp_path):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    vq.allocate(table, RECIPE, budget=5.0).save(tmp_path / "recipe")
+    recipe = vq.Recipe.load(tmp_path / "recipe")
+    run = torch.compile(
+        tiny_dit(1), backend="viditq", options={"recipe": tmp_path / "recipe"}, fullgraph=True
+    )
+    with executions() as ran, torch.no_grad():
+        draw(run)
+    assert len(ran) == len(STEPS)
+    for step, one in zip(STEPS, ran, strict=True):
+        plans = recipe.at_range(sum(edge <= step for edge in EDGES)).sites
+        done = {site.fqn: site.done for site in one.report.sites if site.outcome == "quantized"}
+        assert done == {path: str(plan.scheme) for path, plan in plans.items()}
+    bits = [one.report.average_weight_bits() for one in ran]
+    assert len(set(bits)) > 1
+    cost = recipe.provenance["mixed"]["groups"]["visual"]["cost"]
+    assert sum(bits) / len(bits) == pytest.approx(cost)
+    assert 4.0 < cost <= 5.0
