@@ -127,7 +127,10 @@ Q = "blocks.0.q"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2; this viditq_fx reads version 1"),
+        (lambda d: d.update(version=3), "version 3; this viditq_fx reads versions 1 and 2"),
+        (lambda d: d.update(version=1.0), "version 1.0"),
+        (lambda d: d.update(version=2), "'range_edges' part the timestep into ranges, and there are none"),
+        (lambda d: d.update(range_edges=[1]), "unknown entries 'range_edges'"),
         (lambda d: d.update(version=True), "version True"),
         (lambda d: d.update(format="pickle"), "format 'pickle' is not 'viditq_fx.recipe'"),
         (lambda d: d.update(scheme="w3a3"), "weights have"),
@@ -298,3 +301,100 @@ def test_check_lists_what_does_not_fit():
         part.check(model)
     vq.quantize_(model, (torch.randn(2, 40, 8), torch.ones(2)))
     assert str(fits.check(model)) == "  nothing differs"
+
+
+W8, W4R, W8R = (vq.QuantScheme.parse(name) for name in ("w8a8", "w4a8-rot", "w8a8-rot"))
+
+
+def ranged():
+    """A recipe whose sites have other schemes at other timesteps."""
+    signs = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    static = [vq.QuantScheme.parse(name) for name in ("w4a8-static", "w8a8-static", "w8a8-static")]
+    return vq.Recipe(
+        scheme=W8,
+        sites={
+            Q: vq.SitePlan(scheme=W4R, multiplier=signs, rotation=16, by_range=(W4R, W8R, W4R), reason="x"),
+            "up": vq.SitePlan(scheme=static[0], input_scale=torch.tensor(0.5), by_range=tuple(static)),
+            "out": vq.SitePlan(scheme=W8),
+        },
+        edges=(3.0,),
+        range_edges=(0.25, 0.5),
+        timestep="t",
+    )
+
+
+def test_schemes_by_range_come_back_and_a_range_is_a_recipe_of_its_own(tmp_path):
+    first = ranged()
+    first.save(tmp_path / "a")
+    document = json.loads((tmp_path / "a" / "recipe.json").read_text())
+    assert (document["version"], document["range_edges"]) == (2, [0.25, 0.5])
+    assert document["sites"][Q]["schemes"] == ["w4a8-rot", "w8a8-rot", "w4a8-rot"]
+    assert "scheme" not in document["sites"][Q]
+    loaded = vq.Recipe.load(tmp_path / "a")
+    assert (loaded.ranges, loaded.range_edges, loaded.edges) == (3, (0.25, 0.5), (3.0,))
+    assert {path: plan.by_range for path, plan in loaded.sites.items()} == {
+        path: plan.by_range for path, plan in first.sites.items()
+    }
+    loaded.save(tmp_path / "b")
+    for name in ("recipe.json", "recipe.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    middle = loaded.at_range(1)
+    assert (middle.ranges, middle.sites[Q].scheme, middle.sites[Q].rotation) == (1, W8R, 16)
+    assert middle.sites[Q].multiplier is loaded.sites[Q].multiplier
+    assert middle.sites["up"].input_scale is loaded.sites["up"].input_scale
+    middle.save(tmp_path / "c")
+    plain = json.loads((tmp_path / "c" / "recipe.json").read_text())
+    assert (plain["version"], "range_edges" in plain) == (1, False)
+    with pytest.raises(vq.RecipeError, match=r"at_range\(3\): the recipe has ranges 0 to 2"):
+        loaded.at_range(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=1), "unknown entries 'range_edges'"),
+        (lambda d: d.pop("range_edges"), "'range_edges' part the timestep"),
+        (lambda d: d.update(range_edges=[]), "'range_edges' part the timestep"),
+        (lambda d: d.update(range_edges=[0.5, 0.25]), "'range_edges' are finite numbers in rising order"),
+        (lambda d: d.update(range_edges=[0.5, "x"]), "'range_edges' holds a string, not a number"),
+        (
+            lambda d: d.update(range_edges=[0.5]),
+            "names 3 schemes by range of the timestep, and there are 2 ranges",
+        ),
+        (lambda d: d["sites"][Q].update(scheme="w8a8"), "unknown entries 'scheme'"),
+        (lambda d: d["sites"][Q].update(schemes=[]), "'schemes' is empty"),
+        (lambda d: d["sites"][Q].update(schemes=None), "'schemes' is empty"),
+        (lambda d: d["sites"][Q].update(schemes="w8a8"), "'schemes' is a string, not a list"),
+        (lambda d: d["sites"][Q].update(schemes=["w8a8", None, "w8a8"]), "'schemes' holds missing"),
+        (lambda d: d["sites"][Q].update(schemes=["w8a8", "w3a3", "w8a8"]), "weights have"),
+        (lambda d: d["sites"][Q].update(rotation=1), "names schemes with -rot, and no rotation"),
+        (lambda d: d["sites"]["up"].update(schemes=["w4a8-static", "w8a8", "w8a8"]), "one width of integers"),
+        (
+            lambda d: d["sites"]["up"].update(schemes=["w4a4-static", "w8a8-static", "w8a8-static"]),
+            "one width of integers",
+        ),
+    ],
+)
+def test_ranges_that_no_recipe_can_have(tmp_path, change, message):
+    ranged().save(tmp_path / "good")
+    document, tensors = read_recipe(tmp_path / "good")
+    document = {name: value for name, value in document.items() if name not in ("format", "tensors_sha256")}
+    change(document)
+    write_recipe(tmp_path / "bad", document, tensors)
+    refused(tmp_path / "bad", "recipe.json", message)
+
+
+def test_ranges_made_by_hand_are_checked():
+    plan = vq.SitePlan(scheme=W8, by_range=(W8, W4R))
+    for asked, message in [
+        ({"sites": {"a": plan}}, "site 'a' names 2 schemes by range of the timestep, and there are 1 ranges"),
+        ({"sites": {"a": plan}, "range_edges": (5.0,)}, "and no rotation"),
+        (
+            {"sites": {"a": vq.SitePlan(scheme=None, by_range=(W8, W8))}, "range_edges": (5.0,)},
+            "has the scheme None",
+        ),
+        ({"range_edges": (5.0, 5.0)}, "in rising order"),
+        ({"range_edges": (torch.inf,)}, "in rising order"),
+    ]:
+        with pytest.raises(vq.RecipeError, match=message):
+            vq.Recipe(scheme=W8, **asked)

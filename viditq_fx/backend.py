@@ -5,15 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch._logging._internal import trace_structured
 
-from viditq_fx.errors import OptionError, StrictError
+from viditq_fx.errors import OptionError, RecipeError, StrictError
 from viditq_fx.options import CompileOptions, split_options, unknown_option
+from viditq_fx.recipe import Recipe
 from viditq_fx.report import CompileReport
+
+if TYPE_CHECKING:
+    from viditq_fx.runtime import CompiledGraph
 
 
 def viditq_backend(
@@ -48,6 +52,8 @@ def viditq_backend(
         )
     if ours.low_scheme is not None:
         return _compile_pair(gm, example_inputs, ours, (mode, options), report)
+    if ours.recipe is not None and ours.recipe.ranges > 1:
+        return _compile_ranges(gm, example_inputs, ours, (mode, options), report)
     return _compile_quantized(gm, example_inputs, ours, inductor, report)
 
 
@@ -70,19 +76,10 @@ def _compile_pair(
     low_report = CompileReport(scheme=str(low.scheme), device=report.device)
     runs = []
     for options, told in ((low, low_report), (ours, report)):
-        _, inductor = read_options(
-            asked[1], asked[0]
-        )  # its own: compiling writes into the compiler's options
-        runs.append(_compile_quantized(gm, example_inputs, options, inductor, told))
+        runs.append(_compile_quantized(gm, example_inputs, options, _fresh_inductor(asked, ours), told))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    names = _source_names(placeholders)
-    found = [
-        index
-        for wanted in TIMESTEP_NAMES
-        for index, name in enumerate(names)
-        if name.endswith(f"[{wanted!r}]") and isinstance(example_inputs[index], Tensor)
-    ]
-    if not found:
+    timestep = _timestep_position(placeholders, example_inputs, TIMESTEP_NAMES)
+    if timestep is None:
         report.rejects.append(
             f"no argument of this graph is called {', '.join(TIMESTEP_NAMES)}: it runs in {ours.scheme} unless "
             "viditq_fx.switch_bits(model) decides for the whole model"
@@ -91,10 +88,99 @@ def _compile_pair(
         low=runs[0],
         high=runs[1],
         rule=ours.rule,
-        timestep=found[0] if found else None,
+        timestep=timestep,
         weights=[index for index, node in enumerate(placeholders) if is_parameter(node)],
         report=report,
     )
+
+
+def _compile_ranges(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    ours: CompileOptions,
+    asked: tuple[str | None, Mapping[str, Any] | None],
+    report: CompileReport,
+) -> Callable[..., Any]:
+    """Compile a graph once for each distinct plan that a recipe has by range; each call runs one (range_graph.py).
+
+    Raises RecipeError where the graph has sites with ranges, and no timestep to choose by.
+    """
+    from viditq_fx.range_graph import RangeGraph, ranges_report
+    from viditq_fx.timestep import TIMESTEP_NAMES
+
+    recipe = ours.recipe
+    assert recipe is not None
+    plans = [tuple(p.by_range[i] for p in recipe.sites.values() if p.by_range) for i in range(recipe.ranges)]
+    distinct = list(dict.fromkeys(plans))
+    sites = _ranged_sites(gm, ours, recipe) if len(distinct) > 1 else []
+    if not sites:
+        single = replace(ours, recipe=recipe.at_range(0))
+        return _compile_quantized(gm, example_inputs, single, _fresh_inductor(asked, ours), report)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    wanted = TIMESTEP_NAMES if recipe.timestep is None else (recipe.timestep,)
+    timestep = _timestep_position(placeholders, example_inputs, wanted)
+    if timestep is None:
+        raise RecipeError(
+            f"{sites[0]}: the recipe has a scheme for each of {recipe.ranges} ranges of the timestep, but this graph "
+            f"has no tensor argument {' or '.join(map(repr, wanted))}: compile the whole model in one graph, and not "
+            "its blocks; pass the timestep as a tensor; or take one range for all steps, recipe.at_range(i)"
+        )
+    reports = [report, *(CompileReport(scheme=report.scheme, device=report.device) for _ in distinct[1:])]
+    graphs = []
+    for plan, told in zip(distinct, reports, strict=True):
+        told.in_ranges = tuple(i for i, other in enumerate(plans) if other == plan)
+        options = replace(ours, recipe=recipe.at_range(told.in_ranges[0]))
+        inductor = _fresh_inductor(asked, ours)
+        graphs.append(_compile_quantized(gm, example_inputs, options, inductor, told))
+    graph_of = [distinct.index(plan) for plan in plans]
+    whole = ranges_report(recipe.range_edges, graph_of, graphs, example_inputs)
+    for told in reports:
+        told.ranges = whole
+    return RangeGraph(
+        graphs=graphs,
+        graph_of=graph_of,
+        edges=recipe.range_edges,
+        timestep=timestep,
+        release=ours.weights == "release",
+    )
+
+
+def _ranged_sites(gm: fx.GraphModule, ours: CompileOptions, recipe: Recipe) -> list[str]:
+    """Paths of the sites of a graph that have schemes by range."""
+    from viditq_fx.graph_edit import copy_graph_module
+    from viditq_fx.passes.annotate_sites import AnnotateSites
+    from viditq_fx.passes.normalize import Normalize
+    from viditq_fx.passes.pipeline import context_of
+
+    report = CompileReport(scheme=str(ours.scheme), device="")
+    ctx = context_of(replace(ours, recipe=recipe.at_range(0)), report)
+    graph = copy_graph_module(gm)
+    for step in (Normalize(), AnnotateSites()):
+        step.run(graph, ctx)
+    planned = [entry.fqn for entry in report.sites if entry.planned is not None]
+    return [fqn for fqn in planned if fqn in recipe.sites and recipe.sites[fqn].by_range]
+
+
+def _timestep_position(
+    placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], wanted: Sequence[str]
+) -> int | None:
+    """Which argument of a graph is a tensor of one of these names, the first of them first."""
+    names = _source_names(placeholders)
+    found = [
+        index
+        for known in wanted
+        for index, name in enumerate(names)
+        if name.endswith(f"[{known!r}]") and isinstance(example_inputs[index], Tensor)
+    ]
+    return found[0] if found else None
+
+
+def _fresh_inductor(asked: tuple[str | None, Mapping[str, Any] | None], ours: CompileOptions) -> Any:
+    """A compiler object of its own for each graph: compiling writes into the compiler's options."""
+    mode, options = asked
+    known = CompileOptions.names()
+    theirs = {key: value for key, value in (options or {}).items() if key not in known}
+    return _inductor(mode or ours.mode, theirs)
 
 
 def _compile_quantized(
@@ -103,7 +189,7 @@ def _compile_quantized(
     ours: CompileOptions,
     inductor: Any,
     report: CompileReport,
-) -> Callable[..., Any]:
+) -> CompiledGraph:
     from viditq_fx.graph_edit import copy_graph_module
     from viditq_fx.lowering.select import compile_with_kernels
     from viditq_fx.lowering.templates import extra_templates

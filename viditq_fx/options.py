@@ -170,7 +170,7 @@ def _switching(ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_recipe(ours: dict[str, Any]) -> dict[str, Any]:
-    """Take the scheme and what is kept from the recipe, if there is one. Raises OptionError for another scheme."""
+    """Take the scheme and what is kept from the recipe, if there is one. Raises OptionError for what contradicts it."""
     recipe = ours.get("recipe")
     if recipe is None:
         return ours
@@ -178,6 +178,11 @@ def _with_recipe(ours: dict[str, Any]) -> dict[str, Any]:
     if scheme != recipe.scheme:
         raise OptionError(
             f"scheme={str(scheme)!r} beside a recipe for {str(recipe.scheme)!r}: give the recipe alone"
+        )
+    if recipe.ranges > 1 and ours.get("low_scheme") is not None:
+        raise OptionError(
+            "a recipe with ranges of the timestep chooses each step's bits, and so does a pair of schemes that "
+            "switches them: give one of the two, or recipe.at_range(i) beside the pair"
         )
     return ours | {"scheme": recipe.scheme, "keep": (*ours.get("keep", ()), *recipe.keep)}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from viditq_fx.errors import OptionError, StrictError, ViditqError
+from viditq_fx.errors import OptionError, RecipeError, StrictError, ViditqError
 from viditq_fx.layer_plan import Packed
 from viditq_fx.options import CompileOptions, split_options
 from viditq_fx.passes.annotate_sites import AnnotateSites
@@ -48,7 +48,8 @@ def quantize_(
     saves in int8.
 
     Returns the report of every site; its `rejects` name each such layer that no graph of the call showed.
-    Raises SchemeError, OptionError or RecipeError for wrong arguments, ViditqError without an example call,
+    Raises SchemeError, OptionError or RecipeError for wrong arguments (a recipe with ranges of the timestep is for
+    compiled models), ViditqError without an example call,
     StrictError for a refused or unseen linear under `strict=True`; in each case the model is as it was.
     """
     asked = {"keep": keep, "strict": strict, "recipe": recipe}
@@ -57,6 +58,13 @@ def quantize_(
         raise OptionError(
             f"quantize_: scheme={scheme!r} chooses its bits at every step, which compiled graphs do: pass it to "
             f'torch.compile(model, backend="viditq", options={{"scheme": {scheme!r}}})'
+        )
+    if options.recipe is not None and options.recipe.ranges > 1:
+        raise RecipeError(
+            f"quantize_: the recipe has other schemes in each of {options.recipe.ranges} ranges of the timestep, and a "
+            "layer holds its weight in one: compile the model, which runs each call in its range, "
+            'torch.compile(model, backend="viditq", options={"recipe": recipe}), or take one range for all steps, '
+            "quantize_(..., recipe=recipe.at_range(i))"
         )
     if not isinstance(model, nn.Module):
         raise ViditqError(f"quantize_: expected a torch.nn.Module, got {type(model).__name__}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from viditq_fx.errors import RecipeError
 from viditq_fx.recipe_fields import Fields
-from viditq_fx.recipe_file import JSON_FILE, read_recipe, write_recipe
+from viditq_fx.recipe_file import JSON_FILE, WITH_RANGES, read_recipe, write_recipe
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import site_of_module
 
@@ -25,7 +27,7 @@ class SitePlan:
     """
 
     scheme: QuantScheme | None
-    """None: the site stays in full precision."""
+    """None: the site stays in full precision. Where `by_range` has several, the first of them."""
     multiplier: Tensor | None = None
     """fp32 [K], finite and nonzero: 1 / s of channel balancing (ViDiT-Q section 4.2) times the signs of a rotation."""
     rotation: int = 1
@@ -34,6 +36,40 @@ class SitePlan:
     """fp32, of x' / its integers: [] for a static range, [T] for T ranges of the timestep; None: found at run time."""
     reason: str | None = None
     """Why this was chosen, for the report."""
+    by_range: tuple[QuantScheme, ...] = ()
+    """The scheme in each range that Recipe.range_edges parts the timestep into; (): `scheme` in all. All else is the
+    same in every range, but that a scheme without -rot is not rotated, and fp8 takes no multiplier either."""
+
+    def in_range(self, index: int) -> SitePlan:
+        """The plan of the calls of one range: one that has one scheme."""
+        if not self.by_range:
+            return self
+        scheme = self.by_range[index]
+        return replace(
+            self,
+            scheme=scheme,
+            by_range=(),
+            rotation=self.rotation if scheme.rotate else 1,
+            multiplier=None if scheme.floating else self.multiplier,
+        )
+
+    def range_problem(self, ranges: int) -> str | None:
+        """What is wrong with `by_range` in a recipe of so many ranges; None if nothing."""
+        if not self.by_range:
+            return None
+        if len(self.by_range) != ranges:
+            return (
+                f"names {len(self.by_range)} schemes by range of the timestep, and there are {ranges} ranges"
+            )
+        if self.by_range[0] != self.scheme:
+            return f"has the scheme {self.scheme}, but {self.by_range[0]} in the first range of the timestep"
+        if self.rotation == 1 and any(scheme.rotate for scheme in self.by_range):
+            return "names schemes with -rot, and no rotation"
+        kinds = {(s.input_range, s.calibrated and (s.input_bits, s.rotate)) for s in self.by_range}
+        if len(kinds) > 1:
+            told = ", ".join(map(str, self.by_range))
+            return f"names {told}: calibrated input scales are of one width of integers, for all ranges or for none"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,12 +89,38 @@ class Recipe:
     """Model class, samples, versions, options: plain JSON values."""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """(N, K) of every linear that calibration saw, those in full precision too; what `check` compares."""
+    range_edges: tuple[float, ...] = ()
+    """R - 1 increasing timesteps between the R ranges of SitePlan.by_range (ViDiT-Q section 4.3); as `edges`."""
+
+    def __post_init__(self) -> None:
+        rises = all(a < b for a, b in pairwise(self.range_edges))
+        if not rises or not all(map(math.isfinite, self.range_edges)):
+            raise RecipeError(f"range_edges={self.range_edges!r}: give finite timesteps in rising order")
+        for path, plan in self.sites.items():
+            problem = plan.range_problem(self.ranges)
+            if problem is not None:
+                raise RecipeError(f"the plan of site {path!r} {problem}")
+
+    @property
+    def ranges(self) -> int:
+        """How many ranges of the timestep have schemes of their own; 1 is none."""
+        return len(self.range_edges) + 1
+
+    def at_range(self, index: int) -> Recipe:
+        """The recipe of the calls of one range, without ranges. Raises RecipeError for a range that there is not."""
+        if not 0 <= index < self.ranges:
+            raise RecipeError(f"at_range({index}): the recipe has ranges 0 to {self.ranges - 1}")
+        plans = {path: plan.in_range(index) for path, plan in self.sites.items()}
+        return replace(self, sites=plans, range_edges=())
 
     def with_inputs_of(self, scheme: QuantScheme) -> Recipe:
         """The same plans with the input bits of `scheme`: weights, balance and rotation stay as they are.
 
-        Raises RecipeError, naming the site, for input scales from calibration: they are those of other bits.
+        Raises RecipeError, naming the site, for input scales from calibration: they are those of other bits; and for
+        ranges of the timestep, each of which is a recipe of its own (`at_range`).
         """
+        if self.ranges > 1:
+            raise RecipeError("with_inputs_of: the recipe has ranges of the timestep; take at_range(i) first")
         sites: dict[str, SitePlan] = {}
         for path, plan in self.sites.items():
             own = plan.scheme
@@ -82,6 +144,8 @@ class Recipe:
         sites: dict[str, Any] = {}
         for path, plan in sorted(self.sites.items()):
             entry: dict[str, Any] = {"scheme": None if plan.scheme is None else str(plan.scheme)}
+            if plan.by_range:
+                entry = {"schemes": [str(scheme) for scheme in plan.by_range]}
             if plan.rotation != 1:
                 entry["rotation"] = plan.rotation
             if plan.reason is not None:
@@ -101,6 +165,8 @@ class Recipe:
             "shapes": {path: list(shape) for path, shape in self.shapes.items()},
             "provenance": dict(self.provenance),
         }
+        if self.range_edges:
+            document |= {"version": WITH_RANGES, "range_edges": list(self.range_edges)}
         return write_recipe(folder, document, tensors)
 
     @classmethod
@@ -108,21 +174,26 @@ class Recipe:
         """Read what `save` wrote. Raises RecipeError, naming the file, for anything that `save` would not write."""
         document, tensors = read_recipe(folder)
         fields = Fields(str(Path(folder) / JSON_FILE), document)
-        fields.only(*_FIELDS)
+        ranged = fields.get("version", int) == WITH_RANGES
+        fields.only(*_FIELDS, *(("range_edges",) if ranged else ()))
         scheme = fields.scheme("scheme", required=True)
         assert scheme is not None
-        edges = fields.rising("edges")
+        edges, range_edges = fields.rising("edges"), fields.rising("range_edges")
+        if ranged and not range_edges:
+            raise fields.error("'range_edges' part the timestep into ranges, and there are none")
         sites = Fields(f"{fields.where}: sites", fields.get("sites", dict))
         return cls(
             scheme=scheme,
             sites={
-                path: _read_plan(sites, path, entry, tensors, len(edges) + 1) for path, entry in sites.items()
+                path: _read_plan(sites, path, entry, tensors, len(edges) + 1, len(range_edges) + 1)
+                for path, entry in sites.items()
             },
             keep=tuple(fields.list_of("keep", str)),
             edges=edges,
             timestep=fields.get("timestep", str, None),
             provenance=fields.get("provenance", dict, {}),
             shapes=_read_shapes(Fields(f"{fields.where}: shapes", fields.get("shapes", dict, {}))),
+            range_edges=range_edges,
         )
 
     def check(self, model: nn.Module, *, strict: bool = True) -> RecipeFit:
@@ -171,10 +242,17 @@ _FIELDS = ("format", "version", "tensors_sha256", "scheme", "keep", "edges", "ti
 _FIELDS += ("provenance",)
 
 
-def _read_plan(sites: Fields, path: str, entry: Any, tensors: Mapping[str, Tensor], ranges: int) -> SitePlan:
+def _read_plan(
+    sites: Fields, path: str, entry: Any, tensors: Mapping[str, Tensor], scales: int, ranges: int
+) -> SitePlan:
+    """`scales`: ranges of the timestep that input scales are of; `ranges`: that schemes are of."""
     fields = Fields(f"{sites.where}: {path!r}", entry)
-    fields.only("scheme", "rotation", "reason", "multiplier", "input_scale")
-    scheme, rotation = fields.scheme("scheme", required=False), fields.get("rotation", int, 1)
+    fields.only(
+        "scheme" if "schemes" not in entry else "schemes", "rotation", "reason", "multiplier", "input_scale"
+    )
+    by_range = fields.schemes("schemes") if "schemes" in entry else ()
+    scheme = by_range[0] if by_range else fields.scheme("scheme", required=False)
+    rotation = fields.get("rotation", int, 1)
     multiplier, scale = fields.tensor("multiplier", tensors), fields.tensor("input_scale", tensors)
     if rotation < 1 or rotation & (rotation - 1) or rotation.bit_length() % 2 == 0:
         raise fields.error(f"'rotation' is a power of 4, not {rotation}")
@@ -187,7 +265,7 @@ def _read_plan(sites: Fields, path: str, entry: Any, tensors: Mapping[str, Tenso
             raise fields.error(
                 f"blocks of 'rotation' {rotation} do not divide the {multiplier.numel()} channels"
             )
-    wanted = {"dynamic": None, "static": (), "timestep": (ranges,)}[
+    wanted = {"dynamic": None, "static": (), "timestep": (scales,)}[
         scheme.input_range if scheme else "dynamic"
     ]
     found = None if scale is None else tuple(scale.shape)
@@ -195,13 +273,18 @@ def _read_plan(sites: Fields, path: str, entry: Any, tensors: Mapping[str, Tenso
         raise fields.error(f"'input_scale' has shape {found}; scheme {scheme} with these edges has {wanted}")
     if scale is not None and bool((scale <= 0).any()):
         raise fields.error("'input_scale' is above 0")
-    return SitePlan(
+    plan = SitePlan(
         scheme=scheme,
         multiplier=multiplier,
         rotation=rotation,
         input_scale=scale,
         reason=fields.get("reason", str, None),
+        by_range=by_range,
     )
+    problem = plan.range_problem(ranges)
+    if problem is not None:
+        raise fields.error(problem)
+    return plan
 
 
 def _read_shapes(fields: Fields) -> dict[str, tuple[int, int]]:

@@ -72,6 +72,16 @@ class Fields:
         except SchemeError as error:
             raise self.error(str(error)) from error
 
+    def schemes(self, name: str) -> tuple[QuantScheme, ...]:
+        """Schemes by their names, one or more."""
+        try:
+            found = tuple(QuantScheme.parse(text) for text in self.list_of(name, str))
+        except SchemeError as error:
+            raise self.error(str(error)) from error
+        if not found:
+            raise self.error(f"{name!r} is empty")
+        return found
+
     def tensor(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The fp32 tensor that a value names; its numbers are finite."""
         key = self.get(name, str, None)

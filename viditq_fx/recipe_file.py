@@ -20,7 +20,8 @@ from torch import Tensor
 from viditq_fx.errors import RecipeError
 from viditq_fx.whole_file import write_whole
 
-FORMAT, VERSION = "viditq_fx.recipe", 1
+FORMAT, VERSION, WITH_RANGES = "viditq_fx.recipe", 1, 2
+"""A recipe with schemes by range of the timestep is of another version: who knows no ranges must not apply it."""
 JSON_FILE, TENSOR_FILE = "recipe.json", "recipe.safetensors"
 _LARGEST_JSON = 64 << 20
 _LARGEST_TENSORS = 4 << 30
@@ -32,6 +33,7 @@ def write_recipe(
 ) -> Path:
     """Write both files of a recipe into a folder, which is made; each whole, under its final name at once.
 
+    The document's "version" is VERSION unless it has one.
     Raises RecipeError where they cannot be written.
     """
     path = Path(folder)
@@ -61,9 +63,10 @@ def read_recipe(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     document = _json(path / JSON_FILE)
     if document.get("format") != FORMAT:
         raise RecipeError(f"{path / JSON_FILE}: format {document.get('format')!r} is not {FORMAT!r}")
-    if document.get("version") != VERSION or isinstance(document.get("version"), bool):
+    version = document.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version not in (VERSION, WITH_RANGES):
         raise RecipeError(
-            f"{path / JSON_FILE}: version {document.get('version')!r}; this viditq_fx reads version {VERSION}: "
+            f"{path / JSON_FILE}: version {version!r}; this viditq_fx reads versions {VERSION} and {WITH_RANGES}: "
             "upgrade it, or calibrate again"
         )
     content = _read(path / TENSOR_FILE, _LARGEST_TENSORS)

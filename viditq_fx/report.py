@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from viditq_fx.scheme import QuantScheme
+from viditq_fx.timestep import range_names
+
 SIMULATION = "simulation:"
 """How the name of a kernel begins that rounds values as a scheme does, and computes in floating point."""
 
@@ -87,6 +90,28 @@ class Declined:
     """The pass is from outside: nothing else in the report tells what it thought of the site."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RangesReport:
+    """The graphs that a recipe with ranges of the timestep was compiled to; each call runs one."""
+
+    edges: tuple[float, ...]
+    """Timesteps between the ranges."""
+    graphs: tuple[int, ...]
+    """For each range the number of its graph; ranges with the same schemes share one."""
+    weight_bits: tuple[float, ...]
+    """For each range the mean bits of a weight over the quantized linears."""
+    bytes_packed: int
+    """Bytes of integers and scales of all graphs, every form of every weight once."""
+
+    def __str__(self) -> str:
+        told = zip(range_names(self.edges), self.weight_bits, strict=True)
+        bits = "; ".join(f"{name}: {value:.3g}" for name, value in told)
+        return (
+            f"bits of a weight by range of the timestep: {bits} ({len(set(self.graphs))} graphs, "
+            f"{self.bytes_packed:,} bytes of packed weights for all of them)"
+        )
+
+
 @dataclass(kw_only=True)
 class CompileReport:
     """Everything that one call of the backend planned, did and refused."""
@@ -101,6 +126,10 @@ class CompileReport:
     """Attention calls that are no sites: M = batch x heads x queries, K = head width, N = keys."""
     declined: list[Declined] = field(default_factory=list)
     """Every Reject of every pass that ran, in order."""
+    ranges: RangesReport | None = None
+    """All graphs that a recipe with ranges was compiled to, this one among them."""
+    in_ranges: tuple[int, ...] = ()
+    """Which ranges this graph is for; () without ranges."""
 
     def __str__(self) -> str:
         """A line a site, then what was refused; vq.explain has more."""
@@ -110,7 +139,25 @@ class CompileReport:
             f"{entry.fqn or '(root)'} ({entry.role}): {entry.done or entry.reason or 'full precision'}"
             for entry in self.sites
         ]
-        return "\n".join([*lines, *(f"refused: {reason}" for reason in self.rejects)])
+        lines += [f"refused: {reason}" for reason in self.rejects]
+        lines += [] if self.ranges is None else [f"{self.ranges}; this graph is of {self.told_ranges()}"]
+        return "\n".join(lines)
+
+    def average_weight_bits(self) -> float:
+        """Mean bits of a weight over the quantized linears; 0 where there is none."""
+        done = {entry.weight or entry.fqn: entry for entry in self.sites if entry.done is not None}.values()
+        weights = sum(entry.width * entry.depth for entry in done)
+        bits = sum(
+            QuantScheme.parse(entry.done).weight_bits * entry.width * entry.depth
+            for entry in done
+            if entry.done is not None
+        )
+        return bits / weights if weights else 0.0
+
+    def told_ranges(self) -> str:
+        """Which ranges this graph is for, in words."""
+        names = range_names(self.ranges.edges) if self.ranges is not None else []
+        return " and ".join(names[index] for index in self.in_ranges)
 
     def site(self, fqn: str) -> SiteReport:
         """The report of the site with this module path. Raises KeyError when there is none."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,38 @@ class CompiledGraph:
         self._options = options
         self._refusals: dict[str, str] = {}
         self.report = report
+
+    @property
+    def passed_through(self) -> tuple[int, ...]:
+        """Positions of the arguments that the graph takes as they are."""
+        return self._passed_through
+
+    @property
+    def weight_positions(self) -> tuple[int, ...]:
+        """Positions of the weights that packed ones stand for."""
+        return tuple(index for slot in self._weights for index in slot.indices)
+
+    def packed_forms(self) -> set[tuple[tuple[int, ...], WeightForm]]:
+        """Which weights, joined or alone, the graph takes in which form."""
+        return {(slot.indices, slot.form) for slot in self._weights}
+
+    def pack(self, args: Sequence[Any]) -> None:
+        """Pack what a call with these arguments needs, ahead of it."""
+        for slot in self._weights:
+            slot.packed(args)
+
+    def keep_sources(self, positions: Collection[int]) -> None:
+        """Never release these full-precision weights: another graph of the model reads them."""
+        self._weights = tuple(
+            replace(
+                slot,
+                frees_source=tuple(
+                    frees and index not in positions
+                    for index, frees in zip(slot.indices, slot.frees_source, strict=True)
+                ),
+            )
+            for slot in self._weights
+        )
 
     def __call__(self, *args: Any) -> Any:
         """Arguments and result are those of the graph that Dynamo captured."""

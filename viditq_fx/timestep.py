@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,23 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
 def bucket_of(timestep: Tensor, edges: Tensor) -> Tensor:
     """The range that a call's timestep lies in, int64 [1]: how many of `edges` [T - 1] are at or below its largest."""
     return torch.bucketize(timestep.amax().to(torch.float32), edges, right=True).reshape(1)
+
+
+def range_on_host(timestep: Tensor, edges: Sequence[float]) -> int:
+    """What `bucket_of` finds, as a number of Python's: waits for the device where the timestep is on one."""
+    return bisect_right(edges, float(timestep.detach().amax().to(torch.float32)))
+
+
+def as_fp32(edges: Sequence[float]) -> tuple[float, ...]:
+    """Edges as they are compared on a device."""
+    return tuple(torch.tensor(tuple(edges), dtype=torch.float32).tolist())
+
+
+def range_names(edges: Sequence[float]) -> list[str]:
+    """The ranges between edges in words, e.g. "t < 250", "250 <= t < 500", "500 <= t"."""
+    ends = [f"{edge:.4g}" for edge in edges]
+    lows, highs = ["", *(f"{end} <= " for end in ends)], [*(f" < {end}" for end in ends), ""]
+    return [f"{low}t{high}" for low, high in zip(lows, highs, strict=True)]
 
 
 def timestep_name(model: nn.Module, given: str | None = None) -> str | None:

@@ -22,12 +22,14 @@ from torch._dynamo.eval_frame import OptimizedModule
 from viditq_fx.calibration.progress import Progress, close, progress_of
 from viditq_fx.calibration.resume import fingerprint
 from viditq_fx.calibration.sensitivity_table import SensitivityTable
-from viditq_fx.calibration.units import VISUAL, Survey, Swap, survey, why_no_candidate
+from viditq_fx.calibration.swap import InRange, StepRanges, Swap
+from viditq_fx.calibration.units import VISUAL, Survey, survey, why_no_candidate
 from viditq_fx.calibration.watch import quiet_own_compilation
 from viditq_fx.errors import RecipeError, SchemeError
 from viditq_fx.quality import Judge, Loss
 from viditq_fx.recipe import Recipe
 from viditq_fx.scheme import QuantScheme
+from viditq_fx.timestep import range_names
 
 UNSEEDED = 1e-2
 """Relative error of two full-precision runs from which on they are taken for draws of different noise."""
@@ -50,11 +52,12 @@ def measure_sensitivity(
     low: str | QuantScheme = "w4a8",
     high: str | QuantScheme = "w8a8",
     between: Sequence[str | QuantScheme] = (),
+    ranges: int = 1,
     seed: int = 0,
     resume: str | PathLike[str] | None = None,
     progress: bool | Progress = False,
 ) -> SensitivityTable:
-    """Measure what every unit alone does to every metric, at every candidate scheme.
+    """Measure what every unit alone does to every metric, at every candidate scheme, by range of the timestep if asked.
 
     run: called as run(model); it draws samples and returns them as one tensor. Every call starts from the same state
         of torch's random numbers (`seed`), so that what differs is the model; numpy's and `random`'s are run's to seed.
@@ -64,15 +67,18 @@ def measure_sensitivity(
     groups: group -> globs over module paths, in place of what the graph tells: cross-attention is "alignment", all
         else "visual". Name temporal attention here, {"temporal": "*.temporal_transformer_blocks.*"}.
     low, high, between: the candidates. Schemes with calibrated input scales cannot be searched.
-    resume: a JSON file. The table is written there after every unit, and a later call with the same model, recipe and
-        arguments goes on where it ends.
+    ranges: into how many ranges of the timestep the run's steps are parted, evenly (the paper parts 20 steps into 4). A
+        unit is then in integers only in the calls of one range, and has losses for each; groups are measured over all
+        steps. The argument that holds the timestep is the recipe's, or the first of TIMESTEP_NAMES that forward takes.
+    resume: a JSON file. The table is written there after every unit and range, and a later call with the same model,
+        recipe and arguments goes on where it ends.
     progress: as in `calibrate`.
 
-    Takes 2 + groups + units * candidates runs, eager, and the memory of one group in integers. Nothing is split by
-    timestep: a SitePlan has one scheme for all steps.
+    Takes 2 + groups + units * candidates * ranges runs, eager, and the memory of one group in integers.
 
     Raises RecipeError for wrong arguments, a group without a metric, a run that returns no tensor or draws other noise
-    each time, a loss that is no finite number, or a `resume` file of something else.
+    each time, a loss that is no finite number, a `resume` file of something else, or ranges of a model whose calls have
+    no timestep, or fewer different ones than ranges.
     """
     if not isinstance(model, nn.Module) or not callable(run):
         raise RecipeError("measure_sensitivity: give a torch.nn.Module and a function, run(model) -> tensor")
@@ -81,6 +87,8 @@ def measure_sensitivity(
     while isinstance(plain, OptimizedModule):
         plain = plain._orig_mod
     schemes = _candidates(low, between, high, plain)
+    if not isinstance(ranges, int) or isinstance(ranges, bool) or ranges < 1:
+        raise RecipeError(f"measure_sensitivity: ranges={ranges!r}; give how many, 1 or more")
     drawn = progress_of(progress)
 
     def sample(given: Any) -> Tensor:
@@ -91,13 +99,14 @@ def measure_sensitivity(
         found, seen = survey(model, sample, recipe, groups or {})
         drawn.advance()
         losses = _losses(metrics, found)
+        parted = StepRanges.of(found.timesteps, ranges, plain) if ranges > 1 else None
         with ExitStack() as stack:
             quiet_own_compilation(stack, [model, *plain.modules()])
             reference = sample(model)
             drawn.advance()
             _check_seeded(reference, seen)
             request = _request(plain, recipe, seed, reference)
-            table = _begin(found, schemes, losses, request, resume)
+            table = _begin(found, schemes, losses, request, parted, resume)
             trial = _Trial(model, plain, sample, reference, found, recipe, losses)
             return _measure(table, trial, schemes, resume, drawn)
     finally:
@@ -120,23 +129,36 @@ class _Trial:
         self._model, self._plain, self._sample = model, plain, sample
         self._reference, self._found, self._recipe, self._losses = reference, found, recipe, losses
 
-    def output(self, schemes: Mapping[str, QuantScheme]) -> Tensor:
-        """What is drawn with these units (by name) in integers."""
-        with Swap(self._plain, self._found, self._recipe, schemes):
+    def output(self, schemes: Mapping[str, QuantScheme], within: InRange | None = None) -> Tensor:
+        """What is drawn with these units (by name) in integers, in all steps or within a range."""
+        with Swap(self._plain, self._found, self._recipe, schemes, within) as swap:
             drawn = self._sample(self._model)
         if drawn.shape != self._reference.shape:
             raise RecipeError(
                 f"run gave a tensor of shape {tuple(drawn.shape)}, and {tuple(self._reference.shape)} before"
             )
+        if within is not None and not swap.calls:
+            raise RecipeError(
+                f"measure_sensitivity: with {', '.join(schemes)} in integers run called the model at no timestep of "
+                f"the range {range_names(within.edges)[within.index]!r}, and did in full precision; let it "
+                "call the model at the same timesteps each time, or measure with ranges=1"
+            )
         return drawn
 
-    def losses(self, name: str, scheme: QuantScheme) -> dict[str, float]:
+    def losses(self, name: str, scheme: QuantScheme, within: InRange | None) -> dict[str, float]:
         """All metrics with one unit at a scheme. Raises RecipeError for one that is no finite number."""
-        drawn = self.output({name: scheme})
+        drawn = self.output({name: scheme}, within)
         found = {metric: float(loss(self._reference, drawn)) for metric, loss in self._losses.items()}
         for metric, value in found.items():
             _check_finite(value, f"metric {metric!r} of unit {name!r} at {scheme}")
         return found
+
+    def ranges(self, edges: tuple[float, ...]) -> list[InRange | None]:
+        """What stands for each of the table's `parts`."""
+        if not edges:
+            return [None]
+        argument = self._found.argument
+        return [InRange(argument=argument, edges=edges, index=i) for i in range(len(edges) + 1)]
 
     def error(self, names: Sequence[str], scheme: QuantScheme, group: str) -> float:
         """Relative squared error of the output with several units at a scheme."""
@@ -152,20 +174,21 @@ def _measure(
     resume: str | PathLike[str] | None,
     progress: Progress,
 ) -> SensitivityTable:
-    errors, losses = dict(table.errors), {name: dict(found) for name, found in table.losses.items()}
     progress.stage("groups", len(table.groups()))
     for group in table.groups():
-        if group not in errors:
+        if group not in table.errors:
             names = [unit.name for unit in table.units if unit.group == group]
-            errors[group] = trial.error(names, schemes[0], group)
-            table = _saved(replace(table, errors=dict(errors)), resume)
+            error = trial.error(names, schemes[0], group)
+            table = _saved(replace(table, errors={**table.errors, group: error}), resume)
         progress.advance()
-    progress.stage("units", len(table.units))
+    ranges = trial.ranges(table.edges)
+    progress.stage("units", len(table.units) * len(ranges))
     for unit in table.units:
-        if set(losses.get(unit.name, ())) != set(table.schemes):
-            losses[unit.name] = {str(scheme): trial.losses(unit.name, scheme) for scheme in schemes}
-            table = _saved(replace(table, losses=dict(losses)), resume)
-        progress.advance()
+        for part, within in enumerate(ranges):
+            if set(table.parts[part].get(unit.name, ())) != set(table.schemes):
+                found = {str(scheme): trial.losses(unit.name, scheme, within) for scheme in schemes}
+                table = _saved(table.with_losses(unit.name, part, found), resume)
+            progress.advance()
     return table
 
 
@@ -275,6 +298,7 @@ def _begin(
     schemes: Sequence[QuantScheme],
     losses: Mapping[str, Loss],
     request: dict[str, Any],
+    parted: StepRanges | None,
     resume: str | PathLike[str] | None,
 ) -> SensitivityTable:
     """A table without figures, or the one that a file holds so far."""
@@ -287,11 +311,20 @@ def _begin(
         left=found.left,
         request=request,
     )
+    if parted is not None:
+        fresh = replace(
+            fresh,
+            edges=parted.edges,
+            calls=parted.calls,
+            timestep=found.argument.name,
+            in_ranges=({},) * len(parted.calls),
+        )
     if resume is None or not Path(resume).exists():
         return fresh
     old = SensitivityTable.load(resume)
     asked = {"schemes": (old.schemes, fresh.schemes), "metrics": (old.metrics, fresh.metrics)}
-    asked |= {"units": (old.units, fresh.units)}
+    asked |= {"units": (old.units, fresh.units), "ranges": (old.edges, fresh.edges)}
+    asked |= {"timestep": (old.timestep, fresh.timestep), "calls by range": (old.calls, fresh.calls)}
     asked |= {key: (old.request.get(key), value) for key, value in request.items()}
     for key, (was, now) in asked.items():
         if was != now:

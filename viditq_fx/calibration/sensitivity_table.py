@@ -7,18 +7,23 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from viditq_fx.calibration.units import Unit
 from viditq_fx.errors import RecipeError
 from viditq_fx.recipe_fields import Fields
+from viditq_fx.timestep import range_names
 from viditq_fx.whole_file import write_whole
 
-FORMAT, VERSION = "viditq_fx.sensitivity", 1
+FORMAT, VERSION, WITH_RANGES = "viditq_fx.sensitivity", 1, 2
+"""A table in ranges of the timestep is of another version, so that nobody reads its losses as those of all steps."""
 _MOST_ROWS = 400
 """Of a picture: more are no longer told apart."""
+
+Losses = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Name of a unit -> scheme -> metric -> loss with this unit alone in integers, all else in full precision."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,26 +34,49 @@ class SensitivityTable:
     """Candidates, from few bits to many."""
     metrics: tuple[str, ...]
     units: tuple[Unit, ...]
-    losses: Mapping[str, Mapping[str, Mapping[str, float]]]
-    """Name of a unit -> scheme -> metric -> loss with this unit alone in integers, all else in full precision."""
+    losses: Losses
+    """With a unit in integers in all steps; empty where it was measured in ranges."""
     errors: Mapping[str, float]
     """Group -> sum (y - r)^2 / sum r^2, y drawn with the whole group at the first scheme, r in full precision."""
     left: Mapping[str, str] = field(default_factory=dict)
     """Site -> why it is in no unit: its plan stays what the recipe says."""
     request: Mapping[str, Any] = field(default_factory=dict)
     """What was asked for: model, recipe, seed; plain JSON values."""
+    edges: tuple[float, ...] = ()
+    """R - 1 rising timesteps between R ranges; a call is in range i where i of them are at or below its timestep."""
+    calls: tuple[int, ...] = ()
+    """How many calls of a run lie in each range; () without ranges."""
+    timestep: str | None = None
+    """The argument of the model's forward that the ranges are of."""
+    in_ranges: tuple[Losses, ...] = ()
+    """With a unit in integers only in the calls of each range; () without ranges."""
+
+    @property
+    def parts(self) -> tuple[Losses, ...]:
+        """The losses of each range, or those of all steps as one."""
+        return self.in_ranges or (self.losses,)
+
+    def with_losses(self, name: str, part: int, found: Mapping[str, Mapping[str, float]]) -> SensitivityTable:
+        """The table with a unit's losses of one of `parts` put in."""
+        parts = list(self.parts)
+        parts[part] = {**parts[part], name: found}
+        return replace(self, in_ranges=tuple(parts)) if self.in_ranges else replace(self, losses=parts[0])
 
     def groups(self) -> tuple[str, ...]:
         """Names of the groups, sorted."""
         return tuple(sorted({unit.group for unit in self.units}))
 
-    def loss(self, unit: Unit, scheme: str) -> float:
-        """The loss of a unit alone by its own group's metric. Raises RecipeError for what was not measured."""
+    def loss(self, unit: Unit, scheme: str, part: int = 0) -> float:
+        """The loss of a unit alone by its own group's metric, in one of `parts`.
+
+        Raises RecipeError for what was not measured.
+        """
         try:
-            return self.losses[unit.name][scheme][unit.group]
+            return self.parts[part][unit.name][scheme][unit.group]
         except KeyError as error:
+            where = f" in range {part} of the timestep" if self.edges else ""
             raise RecipeError(
-                f"the table has no {unit.group!r} loss of unit {unit.name!r} at {scheme!r}; it has schemes "
+                f"the table has no {unit.group!r} loss of unit {unit.name!r} at {scheme!r}{where}; it has schemes "
                 f"{', '.join(self.schemes)} and metrics {', '.join(self.metrics)}: measure it to the end"
             ) from error
 
@@ -57,7 +85,7 @@ class SensitivityTable:
         file = Path(path)
         document = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": WITH_RANGES if self.edges else VERSION,
             "schemes": list(self.schemes),
             "metrics": list(self.metrics),
             "request": dict(self.request),
@@ -68,13 +96,13 @@ class SensitivityTable:
                     "sites": list(unit.sites),
                     "shapes": [list(shape) for shape in unit.shapes],
                     "group": unit.group,
-                    "losses": {
-                        scheme: dict(found) for scheme, found in self.losses.get(unit.name, {}).items()
-                    },
+                    "losses": self._written(unit),
                 }
                 for unit in self.units
             ],
         }
+        if self.edges:
+            document |= {"edges": list(self.edges), "calls": list(self.calls), "timestep": self.timestep}
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +110,13 @@ class SensitivityTable:
         except OSError as error:
             raise RecipeError(f"cannot write the table {file}: {error.strerror or error}") from error
         return file
+
+    def _written(self, unit: Unit) -> Any:
+        found = [
+            {scheme: dict(values) for scheme, values in losses.get(unit.name, {}).items()}
+            for losses in self.parts
+        ]
+        return found if self.edges else found[0]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SensitivityTable:
@@ -96,28 +131,37 @@ class SensitivityTable:
                 f"{file}: is no table of sensitivities ({error}); delete it to measure anew"
             ) from error
         fields = _Table(str(file), document)
-        if fields.get("format", str, None) != FORMAT or fields.get("version", int, None) != VERSION:
+        version = fields.get("version", int, None)
+        if fields.get("format", str, None) != FORMAT or version not in (VERSION, WITH_RANGES):
             raise RecipeError(
-                f"{file}: is no table of sensitivities of version {VERSION}; delete it to measure anew"
+                f"{file}: is no table of sensitivities of version {VERSION} or {WITH_RANGES}; delete it to measure anew"
             )
         names = ("format", "version", "schemes", "metrics", "request", "errors", "left", "units")
-        fields.only(*names)
-        read = [_read_unit(fields, entry) for entry in fields.list_of("units", dict)]
+        fields.only(*names, *(("edges", "calls", "timestep") if version == WITH_RANGES else ()))
+        edges, calls = _read_ranges(fields, version)
+        read = [_read_unit(fields, entry, len(calls)) for entry in fields.list_of("units", dict)]
         units = tuple(unit for unit, _ in read)
         if len({site for unit in units for site in unit.sites}) < sum(len(unit.sites) for unit in units):
             raise fields.error("a site stands in two units")
+        parts = [{u.name: losses[part] for u, losses in read} for part in range(len(calls) or 1)]
         return cls(
             schemes=tuple(fields.list_of("schemes", str)),
             metrics=tuple(fields.list_of("metrics", str)),
             units=units,
-            losses={unit.name: losses for unit, losses in read},
+            losses={} if edges else parts[0],
             errors=_numbers(fields, "errors"),
             left=fields.get("left", dict, {}),
             request=fields.get("request", dict, {}),
+            edges=edges,
+            calls=calls,
+            timestep=fields.get("timestep", str) if edges else None,
+            in_ranges=tuple(parts) if edges else (),
         )
 
     def plot(self, path: str | os.PathLike[str], scheme: str | None = None) -> Path:
-        """Write a heat map (PNG): a row a unit, a column a metric, each column relative to its largest loss.
+        """Write a heat map (PNG): a row a unit, a column a metric, or a metric in a range of the timestep.
+
+        Each metric is drawn relative to its largest loss, that of all ranges.
 
         scheme: which candidate is drawn; by default the one of fewest bits. The cell that decides is framed.
         Raises RecipeError for a scheme that was not measured, ImportError without matplotlib.
@@ -136,17 +180,30 @@ class _Table(Fields):
         return RecipeError(f"{self.where}: {problem}; delete it to measure anew")
 
 
-def _read_unit(table: Fields, entry: Any) -> tuple[Unit, dict[str, dict[str, float]]]:
+def _read_ranges(fields: Fields, version: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """(edges between ranges, calls in each); both empty in a table without ranges."""
+    if version == VERSION:
+        return (), ()
+    edges, calls = fields.rising("edges"), tuple(fields.list_of("calls", int))
+    if not edges or len(calls) != len(edges) + 1 or min(calls) < 1:
+        raise fields.error("'calls' are numbers above 0, one for each range that 'edges' separate")
+    return edges, calls
+
+
+def _read_unit(table: Fields, entry: Any, ranges: int) -> tuple[Unit, list[dict[str, dict[str, float]]]]:
+    """A unit and its losses: a list of one where there are no ranges (0)."""
     fields = _Table(f"{table.where}: unit", entry)
     fields.only("sites", "shapes", "group", "losses")
     sites, shapes = tuple(fields.list_of("sites", str)), fields.list_of("shapes", list)
     fits = all(len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes)
     if not sites or len(sites) != len(shapes) or not fits:
         raise fields.error("'shapes' are [N, K], one for each of 'sites'")
-    by_scheme = _Table(f"{fields.where} {sites[0]!r}: losses", fields.get("losses", dict))
-    losses = {scheme: _numbers(by_scheme, scheme) for scheme, _ in by_scheme.items()}
     unit = Unit(sites=sites, shapes=tuple((n, k) for n, k in shapes), group=fields.get("group", str))
-    return unit, losses
+    written = fields.list_of("losses", dict) if ranges else [fields.get("losses", dict)]
+    if len(written) != (ranges or 1):
+        raise fields.error(f"{sites[0]!r}: 'losses' are a list, one for each of {ranges} ranges")
+    parts = [_Table(f"{fields.where} {sites[0]!r}: losses", part) for part in written]
+    return unit, [{scheme: _numbers(part, scheme) for scheme, _ in part.items()} for part in parts]
 
 
 def _numbers(fields: Fields, name: str) -> dict[str, float]:
@@ -166,23 +223,27 @@ def _heat_map(table: SensitivityTable, scheme: str) -> bytes:
             "the heat map is drawn by matplotlib, which cannot be imported; run: pip install viditq_fx[mixed]"
         ) from error
     units = sorted(table.units, key=lambda unit: (unit.group, unit.name))[:_MOST_ROWS]
+    columns = [(metric, part) for metric in table.metrics for part in range(len(table.parts))]
     rows = [
-        [table.losses.get(u.name, {}).get(scheme, {}).get(m, math.nan) for m in table.metrics] for u in units
+        [table.parts[part].get(u.name, {}).get(scheme, {}).get(metric, math.nan) for metric, part in columns]
+        for u in units
     ]
-    peaks = [
-        max((abs(row[i]) for row in rows if row[i] == row[i]), default=0.0) for i in range(len(table.metrics))
-    ]
+    largest: dict[str, float] = {}
+    for row in rows:
+        for (metric, _), value in zip(columns, row, strict=True):
+            largest[metric] = max(largest.get(metric, 0.0), abs(value) if value == value else 0.0)
+    peaks = [largest.get(metric, 0.0) for metric, _ in columns]
     shares = [[value / (peak or 1.0) for value, peak in zip(row, peaks, strict=True)] for row in rows]
     height = 1.4 + 0.2 * len(units)
-    figure = Figure(figsize=(5.5 + 1.3 * len(table.metrics), height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.5 + 1.3 * len(columns), height), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="magma", vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_xticks(range(len(table.metrics)), _titles(table.metrics, peaks), fontsize=8)
+    axes.set_xticks(range(len(columns)), _titles(table, columns, peaks), fontsize=8)
     axes.set_yticks(range(len(units)), [_label(unit) for unit in units], fontsize=6)
     for row, unit in enumerate(units):
         if unit.group in table.metrics:
-            place = (table.metrics.index(unit.group) - 0.5, row - 0.5)
-            axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="#39c", linewidth=1.5))
+            place = (columns.index((unit.group, 0)) - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(place, len(table.parts), 1, fill=False, edgecolor="#39c", linewidth=1.5))
     axes.set_title(f"Loss with one unit alone at {scheme}; framed: what decides", fontsize=9)
     figure.colorbar(image, ax=axes, label="of the column's largest")
     content = io.BytesIO()
@@ -190,8 +251,12 @@ def _heat_map(table: SensitivityTable, scheme: str) -> bytes:
     return content.getvalue()
 
 
-def _titles(metrics: Sequence[str], peaks: Sequence[float]) -> list[str]:
-    return [f"{metric}\n(1 = {peak:.3g})" for metric, peak in zip(metrics, peaks, strict=True)]
+def _titles(table: SensitivityTable, columns: Sequence[tuple[str, int]], peaks: Sequence[float]) -> list[str]:
+    names = [f"{metric}\n(1 = {peak:.3g})" for (metric, _), peak in zip(columns, peaks, strict=True)]
+    if not table.edges:
+        return names
+    ranges = range_names(table.edges)
+    return [f"{name}\n{ranges[part]}" for name, (_, part) in zip(names, columns, strict=True)]
 
 
 def _label(unit: Unit) -> str:

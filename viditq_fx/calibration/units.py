@@ -8,7 +8,6 @@ attention runs over frames and not over places is no fact of the graph, so "temp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,12 +18,11 @@ from viditq_fx.calibration.groups import Group, group_sites
 from viditq_fx.calibration.ledger import InputKey, InputRecord
 from viditq_fx.calibration.reservoir import Reservoir
 from viditq_fx.calibration.sightings import WatchedLinear
+from viditq_fx.calibration.timesteps import TimestepArgument
 from viditq_fx.calibration.watch import Watch
 from viditq_fx.errors import RecipeError
-from viditq_fx.layer_plan import Packed
 from viditq_fx.ops.fp8 import why_no_fp8
 from viditq_fx.ops.rotate import rotation_block
-from viditq_fx.quant_conv import quantized_layer
 from viditq_fx.quantize import why_not_replaced
 from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.scheme import QuantScheme
@@ -63,6 +61,10 @@ class Survey:
     """Site -> the full-precision layer."""
     left: Mapping[str, str]
     """Site -> why it is in no unit."""
+    argument: TimestepArgument
+    """Where a call of the model has its timestep."""
+    timesteps: tuple[float | None, ...]
+    """The timestep of every call of the run, in order."""
 
 
 def survey(
@@ -73,7 +75,7 @@ def survey(
     Raises RecipeError where nothing can be measured, or where `groups` names nothing or one unit twice.
     """
     inputs = _Inputs()
-    with Watch(model, keep=recipe.keep) as watch:
+    with Watch(model, keep=recipe.keep, timestep=recipe.timestep) as watch:
         watch.sink = inputs
         output = run(model)
     seen = watch.sightings
@@ -101,16 +103,25 @@ def survey(
             f"measure_sensitivity: run reached no linear of this {type(watch.model).__name__} that can be "
             f"measured{told}"
         )
-    return Survey(units=in_groups(units, groups), modules=modules, left=dict(sorted(left.items()))), output
+    found = Survey(
+        units=in_groups(units, groups),
+        modules=modules,
+        left=dict(sorted(left.items())),
+        argument=watch.argument,
+        timesteps=tuple(inputs.timesteps),
+    )
+    return found, output
 
 
 class _Inputs:
-    """Notes who reads what; no statistics: a search needs none."""
+    """Notes who reads what, and when; no statistics: a search needs none."""
 
     def __init__(self) -> None:
         self.seen: dict[InputKey, InputRecord] = {}
+        self.timesteps: list[float | None] = []
 
-    def begin_call(self, timestep: float | None) -> None: ...
+    def begin_call(self, timestep: float | None) -> None:
+        self.timesteps.append(timestep)
 
     def see(self, key: InputKey, x: Tensor) -> None:
         self.seen.setdefault(key, InputRecord(key=key, reservoir=Reservoir(size=0)))
@@ -184,36 +195,18 @@ def plan_at(scheme: QuantScheme, site: str, depth: int, recipe: Recipe) -> SiteP
     )
 
 
-class Swap:
-    """Units of a model in integers for as long as a `with` block lasts; the layers themselves come back after it."""
+def plan_in_ranges(schemes: Sequence[QuantScheme], site: str, depth: int, recipe: Recipe) -> SitePlan:
+    """The plan of a site at one scheme for each range of the timestep; one without ranges where all are the same.
 
-    def __init__(
-        self, model: nn.Module, found: Survey, recipe: Recipe, schemes: Mapping[str, QuantScheme]
-    ) -> None:
-        """schemes: name of a unit -> its scheme; other units stay in full precision."""
-        self._model, self._found, self._recipe, self._schemes = model, found, recipe, schemes
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Swap:
-        made: dict[int, nn.Module] = {}
-        packed: Packed = {}
-        for unit in self._found.units:
-            for site, (_, depth) in zip(unit.sites, unit.shapes, strict=True):
-                if unit.name in self._schemes:
-                    layer = self._found.modules[site]
-                    plan = plan_at(self._schemes[unit.name], site, depth, self._recipe)
-                    made[id(layer)] = quantized_layer(layer, plan, site, packed)
-        with ExitStack() as stack:
-            for parent in list(self._model.modules()):
-                for name, child in list(parent._modules.items()):
-                    if child is not None and id(child) in made:
-                        stack.callback(parent._modules.__setitem__, name, child)
-                        parent._modules[name] = made[id(child)]
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    Raises RecipeError as `plan_at`.
+    """
+    plans = [plan_at(scheme, site, depth, recipe) for scheme in schemes]
+    found = tuple(plan.scheme for plan in plans if plan.scheme is not None)
+    if len(set(found)) == 1:
+        return plans[0]
+    # Of a site that the recipe does not name, a candidate with -rot alone has a rotation; fp8 takes nothing.
+    whole = max(plans, key=lambda plan: (plan.rotation, plan.multiplier is not None))
+    return replace(whole, scheme=found[0], by_range=found)
 
 
 def why_no_candidate(scheme: QuantScheme, model: nn.Module) -> str | None:

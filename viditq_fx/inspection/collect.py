@@ -17,7 +17,7 @@ from viditq_fx.calibration.findings import Findings
 from viditq_fx.errors import ViditqError
 from viditq_fx.inspection.errors import ErrorReport, error_report, plain_numbers
 from viditq_fx.inspection.files import check_writable, write_text
-from viditq_fx.inspection.retrace import options_of
+from viditq_fx.inspection.retrace import options_of, options_of_call
 from viditq_fx.inspection.snapshots import Outcome, Snapshot, check_traceable, trace
 from viditq_fx.inspection.steps import StepHistory, step_histories
 from viditq_fx.ops.packed_weights import full_bytes, is_released, packed_bytes
@@ -25,7 +25,7 @@ from viditq_fx.options import split_options
 from viditq_fx.passes.work import ATTENTION
 from viditq_fx.quant_conv import is_linear_layer
 from viditq_fx.quant_linear import QuantLinear
-from viditq_fx.report import Declined, PassTrace, SiteReport
+from viditq_fx.report import Declined, PassTrace, RangesReport, SiteReport
 from viditq_fx.runtime import Execution, executions
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class ExplainReport:
     """The graphs before and after each pass, under `explain(..., graphs=True)`."""
     errors: ErrorReport | None = None
     """Where quantization errors come from, under `explain(..., errors=findings)`."""
+    ranges: list[RangesReport] = field(default_factory=list)
+    """Bits of all ranges of the timestep, where a recipe has ranges; everything else is of this call's range."""
     steps: list[StepHistory] = field(default_factory=list)
     """What each step before this call ran at, where the model switches its bits."""
     model_bytes: int = 0
@@ -217,7 +219,9 @@ def explain(
     traced = None
     if isinstance(model, nn.Module) and not _is_compiled(model):
         if graphs:  # before it is compiled: releasing its weights would leave nothing to trace
-            traced = trace(plain, args, kwargs, split_options(options)[0])
+            traced = trace(
+                plain, args, kwargs, options_of_call(plain, args, kwargs, split_options(options)[0])
+            )
         compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
     elif options:
         raise ViditqError(
@@ -286,6 +290,11 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
         passes=[trace for r in unique.values() for trace in r.passes],
     )
     sites, attention, declined = [], [], []
+    parted = [r for r in unique.values() if r.ranges is not None]
+    report.ranges = [r.ranges for r in parted if r.ranges is not None]
+    report.notes += [
+        f"{str(r.ranges).capitalize()}; this call ran those of {r.told_ranges()}." for r in parted
+    ]
     for run in ran:
         made = [
             _explain_site(entry, run.weights.get(entry.weight or ""), names) for entry in run.report.sites

@@ -151,7 +151,8 @@ def default_passes() -> tuple[Pass, ...]:
 
 
 def context_of(options: CompileOptions, report: CompileReport) -> PassContext:
-    """What the passes over one graph share, as the options ask it."""
+    """What the passes over one graph share, as the options ask it; of a recipe's ranges one is chosen before."""
+    assert options.recipe is None or options.recipe.ranges == 1, "a graph has one scheme for each site"
     return PassContext(
         scheme=options.scheme,
         keep=options.keep,
