@@ -52,9 +52,14 @@ GEMMS = (
     (linear_fp8.TEMPLATE, linear_fp8.linear_w8a8_fp8_kernel, "*fp8e4nv", "*fp8e4nv"),
 )
 """(template, kernel, type of x, type of w)."""
-STRIDES = [f"{t}_stride_{d}" for t, dims in (("v", "bhl"), ("mask", "bhqk"), ("out", "bhl")) for d in dims]
+STRIDES = [
+    f"{t}_stride_{d}"
+    for t, dims in (("v", ("b", "h", "row")), ("mask", "bhqk"), ("out", "bhl"))
+    for d in dims
+]
 ATTENTION_SIGNATURE = {
     **{"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_ptr": "*i8", "k_scale_ptr": "*fp32"},
+    **dict.fromkeys(("v_scale_ptr", "v_mean_ptr", "token_ptr"), "*fp32"),
     **{"v_ptr": "*bf16", "mask_ptr": "*i1", "out_ptr": "*bf16", "lse_ptr": "*fp32", "scale": "fp32"},
     **dict.fromkeys(("HEADS", "GROUP", "LQ", "LK", *STRIDES), "i32"),
 }
@@ -102,13 +107,24 @@ def linear(
 
 
 def attention(
-    arch: int, config: Any, head: int, *, masked: bool = False, causal: bool = False, lse: bool = False
+    arch: int,
+    config: Any,
+    head: int,
+    *,
+    values: str = "16 bits",
+    masked: bool = False,
+    causal: bool = False,
+    lse: bool = False,
 ) -> Assembly:
-    """The int8 attention, both lengths dynamic."""
+    """The int8 attention, both lengths dynamic; keys of 8-bit values are padded to multiples of 16."""
     mask = torch.ones(1, dtype=torch.bool) if masked else None
-    fixed = attention_int8.constants(config, head, head, mask, causal) | {"HAS_LSE": lse}
-    options = {"warps": config.num_warps, "stages": config.num_stages}
-    return assemble(attention_int8.attention_int8_kernel, ATTENTION_SIGNATURE, fixed, arch, **options)
+    fixed = attention_int8.constants(config, head, head, mask, causal, values) | {"HAS_LSE": lse}
+    options: dict[str, Any] = {"warps": config.num_warps, "stages": config.num_stages}
+    kind = {"16 bits": "*bf16", "fp8": "*fp8e4nv", "int8": "*i8"}[values]
+    if values != "16 bits":
+        options["multiples"] = ("v_stride_row",)
+    signature = ATTENTION_SIGNATURE | {"v_ptr": kind}
+    return assemble(attention_int8.attention_int8_kernel, signature, fixed, arch, **options)
 
 
 def norm(arch: int, width: int, *, affine: bool = False, multiplier: bool = False) -> Assembly:

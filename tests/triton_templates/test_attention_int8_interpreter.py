@@ -58,9 +58,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interpret")
-    return dict(
-        zip(CASES, run_interpreted("nogpu.interpret_attention", list(CASES.values()), folder), strict=True)
-    )
+    payload = [(*case, "16 bits") for case in CASES.values()]
+    return dict(zip(CASES, run_interpreted("nogpu.interpret_attention", payload, folder), strict=True))
 
 
 @pytest.mark.parametrize("label", CASES)
