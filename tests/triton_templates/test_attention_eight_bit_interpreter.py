@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="the kernel is a Triton kernel and Triton i
 
 from nogpu.interpreter import run_interpreted
 
-from viditq_fx.triton_templates.attention_int8 import AttentionConfig, columns
+from viditq_fx.triton_templates.attention_int8 import columns
+from viditq_fx.triton_templates.attention_tiles import AttentionConfig
 
 OPS = {"fp8": ATTENTION_INT8_FP8, "int8": ATTENTION_INT8_INT8}
 NEVER = torch.zeros(5, 70, dtype=torch.bool)

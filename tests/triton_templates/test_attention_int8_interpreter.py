@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the kernel is a Triton kernel and Triton i
 
 from nogpu.interpreter import run_interpreted
 
-from viditq_fx.triton_templates.attention_int8 import AttentionConfig
+from viditq_fx.triton_templates.attention_tiles import AttentionConfig
 
 NEVER = torch.zeros(5, 70, dtype=torch.bool)
 NEVER[1:, ::3] = True  # row 0 may look at nothing

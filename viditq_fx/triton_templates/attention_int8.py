@@ -16,7 +16,6 @@ strides but a contiguous last axis, or 8 bits in [B, Hkv, Dv, keys] (see `column
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from viditq_fx.ops.attention import BLOCK_K, BLOCK_Q, check, quantize_queries_and_keys
 from viditq_fx.ops.attention_eight_bit import spread_of_values, token_scale, values_to_fp8, values_to_int8
 from viditq_fx.ops.fp8 import LARGEST
-from viditq_fx.triton_templates.base import architecture
+from viditq_fx.triton_templates.attention_tiles import AttentionConfig
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_127 = tl.constexpr(6.988684686772166)
@@ -146,7 +145,7 @@ def _attend(
             level_M = tl.where(block_M == float("-inf"), 0.0, block_M)
             p_MN = tl.exp2(s_MN - (level_M - LOG2_127)[:, None])
             weight_M = tl.exp2(block_M - safe_M)
-            sum_M = sum_M * shrink_M + tl.sum(p_MN * inverse_N[None, :], 1) * weight_M
+            sum_M = sum_M * shrink_M + tl.sum(p_MN * inverse_N[None, :], 1) * weight_M  # pyright: ignore[reportPossiblyUnboundVariable]
             p_MN = (p_MN + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
             product_MD = tl.dot(_in_order_of_columns(p_MN, BLOCK_M, BLOCK_N), v_ND, out_dtype=tl.int32)
             out_MD = out_MD * shrink_M[:, None] + product_MD.to(tl.float32) * weight_M[:, None]
@@ -258,43 +257,6 @@ def attention_int8_kernel(
     tl.store(out_at, out_MD.to(out_ptr.dtype.element_ty), mask=(m_M[:, None] < rows) & (dv_D[None, :] < DV))
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Tile of one program: `block_m` queries (a divisor of 128) over `block_n` keys at a time."""
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    num_warps: int
-
-    def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}"
-
-
-def _tiles(*tile: int) -> AttentionConfig:
-    return AttentionConfig(block_m=tile[0], block_n=tile[1], num_stages=tile[2], num_warps=tile[3])
-
-
-# (architecture, has a mask) -> configs for heads up to 64, 128 and 256 wide. Estimates from peers' tiles until
-# `benchmarks/gpu.py` has measured them. A mask's addresses and values take registers: larger tiles spill there,
-# and none of these does (tests).
-CONFIGS = {
-    (80, False): (_tiles(128, 64, 3, 8), _tiles(128, 64, 3, 8), _tiles(64, 64, 2, 8)),
-    (80, True): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(32, 32, 2, 8)),
-    (89, False): (_tiles(128, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8)),
-    (89, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(32, 32, 2, 8)),
-    (90, False): (_tiles(128, 128, 3, 8), _tiles(128, 128, 3, 8), _tiles(64, 64, 2, 8)),
-    (90, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8)),
-    (100, False): (_tiles(128, 64, 3, 8), _tiles(128, 128, 2, 8), _tiles(64, 64, 2, 8)),
-    (100, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 1, 8), _tiles(64, 32, 2, 8)),
-}
-
-
-def config_for(capability: tuple[int, int], head: int, masked: bool) -> AttentionConfig:
-    """The config for a head width; an architecture that is not in the list takes that of sm_80."""
-    return CONFIGS[architecture(capability) or 80, masked][0 if head <= 64 else 1 if head <= 128 else 2]
-
-
 def constants(
     config: AttentionConfig,
     head: int,
@@ -382,8 +344,8 @@ def rows_of_values(v: Tensor, values: str) -> tuple[Tensor, Tensor | None, Tenso
         v_DN = values_to_fp8(columns(v), *(t.transpose(-1, -2) for t in (mean_D, far_D)))
         return v_DN.contiguous(), far_D.squeeze(-2) * (1.0 / LARGEST), mean_D.squeeze(-2), None
     token_N = token_scale(v, mean_D, far_D)
-    scales = (mean_D, far_D, columns(token_N, 1.0))
-    v_DN = values_to_int8(columns(v), *(t.transpose(-1, -2) for t in scales[:2]), scales[2])
+    across = (mean_D.transpose(-1, -2), far_D.transpose(-1, -2))
+    v_DN = values_to_int8(columns(v), *across, columns(token_N, 1.0))
     tokens = torch.stack((token_N.squeeze(-1).log2(), 1.0 / token_N.squeeze(-1)), dim=-2)
     return v_DN.contiguous(), far_D.squeeze(-2) * (1.0 / 127), mean_D.squeeze(-2), tokens
 
