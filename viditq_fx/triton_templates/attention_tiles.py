@@ -52,7 +52,7 @@ EIGHT_BIT_CONFIGS = {
     (90, True, "int8"): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(64, 32, 2, 8)),
     (100, False, "fp8"): (_tiles(128, 64, 3, 8), _tiles(128, 128, 2, 8), _tiles(64, 32, 2, 8)),
     (100, True, "fp8"): (_tiles(64, 64, 2, 8), _tiles(64, 64, 1, 8), _tiles(64, 32, 1, 8)),
-    (100, False, "int8"): (_tiles(128, 64, 3, 8), _tiles(128, 64, 2, 8), _tiles(32, 32, 2, 8)),
+    (100, False, "int8"): (_tiles(128, 64, 3, 8), _tiles(64, 64, 1, 8), _tiles(32, 32, 2, 8)),
     (100, True, "int8"): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(32, 32, 2, 8)),
 }
 
