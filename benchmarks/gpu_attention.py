@@ -1,4 +1,4 @@
-"""Time int8 attention on one CUDA GPU against bf16 SDPA's fastest backend and SageAttention; correctness first.
+"""Time int8 attention, P V in 16 or 8 bits, on one CUDA GPU against bf16 SDPA and SageAttention; correctness first.
 
     PYTHONPATH=. python benchmarks/gpu_attention.py [--only wan] [--minutes 7] [--commit HASH] [--dry-run]
 
@@ -26,10 +26,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from viditq_fx.lowering.attention_cuda import traced_op
-from viditq_fx.ops import ATTENTION_INT8
+from viditq_fx.lowering.attention_cuda import VALUES, traced_op
+from viditq_fx.ops.base import QuantOp
+from viditq_fx.ops.fp8 import why_no_fp8
 
-OURS = "int8 QK, viditq compiled"
+OURS = {
+    "int8 QK, viditq compiled": "16 bits",
+    "int8 QK, viditq fp8 PV": "fp8",
+    "int8 QK, viditq int8 PV": "int8",
+}
+"""Name -> what P V is computed in."""
+LARGEST_ERROR = {"16 bits": 1e-2, "fp8": 3e-2, "int8": 3e-2}
+"""Relative L1 against the op's reference: it rounds P beside another maximum than the kernel."""
 BACKENDS = {
     "bf16 SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "bf16 SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -100,21 +108,38 @@ def _cases() -> dict[str, tuple[Any, ...]]:
     }
 
 
+def ours() -> dict[str, tuple[QuantOp, str]]:
+    """Name -> (op, what P V is computed in) of what this device multiplies."""
+    lack = why_no_fp8(torch.device("cuda"))
+    ops = {values: op for op, values in VALUES}
+    return {name: (ops[values], values) for name, values in OURS.items() if not (lack and values == "fp8")}
+
+
 def correctness() -> dict[str, str]:
     """ "ok" or what is wrong, by case: the kernel alone, and as Inductor compiles it."""
+    return {
+        f"{name}: {case}": state
+        for name, (op, values) in ours().items()
+        for case, state in _correct(op, values).items()
+    }
+
+
+def _correct(op: QuantOp, values: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    compiled = torch.compile(lambda *args: traced_op()(*args), dynamic=True)
+    compiled = torch.compile(lambda *args: traced_op()(*args, values), dynamic=True)
     torch.full(
         (1 << 28,), float("nan"), device="cuda"
     )  # freed at once: what the kernel leaves unwritten is NaN
     for label, args in _cases().items():
-        want = ATTENTION_INT8.reference(*args).float()
-        for name, run in (("kernel", traced_op()), ("compiled", compiled)):
+        want = op.reference(*args).float()
+        for name, run in (("kernel", lambda *args: traced_op()(*args, values)), ("compiled", compiled)):
             try:
                 got = run(*args).float()
                 error = float((got - want).abs().sum() / want.abs().sum())
                 # bf16 P is rounded against another running maximum; a score of 1e4 has an ulp of 1e-3.
-                good = bool(got.isfinite().all()) and error < (5e-2 if label == "scores of 1e4" else 1e-2)
+                good = bool(got.isfinite().all()) and error < (
+                    5e-2 if label == "scores of 1e4" else LARGEST_ERROR[values]
+                )
                 found[f"{label}, {name}"] = "ok" if good else f"relative L1 {error:.2e}"
             except Exception as problem:  # noqa: BLE001 - the record says what fails
                 found[f"{label}, {name}"] = f"{type(problem).__name__}: {str(problem)[:300]}"
@@ -133,7 +158,10 @@ def methods() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         return run
 
     found: dict[str, Callable[..., Tensor]] = {name: backend(kind) for name, kind in BACKENDS.items()}
-    found[OURS] = torch.compile(lambda q, k, v: traced_op()(q, k, v, *NO_OPTIONS), dynamic=False)
+    for name, (_, values) in ours().items():
+        found[name] = torch.compile(
+            lambda q, k, v, values=values: traced_op()(q, k, v, *NO_OPTIONS, values), dynamic=False
+        )
     try:
         from sageattention import sageattn
     except ImportError:
@@ -195,7 +223,7 @@ def main() -> int:
     options, begun = parser.parse_args(), time.monotonic()
     shapes = [shape for shape in SHAPES if re.search(options.only, str(shape))]
     if options.dry_run:
-        print(json.dumps(environment(options.commit), indent=1), *shapes, *BACKENDS, OURS, sep="\n")
+        print(json.dumps(environment(options.commit), indent=1), *shapes, *BACKENDS, *OURS, sep="\n")
         return 0
     if not torch.cuda.is_available():
         print("benchmarks/gpu_attention.py needs a CUDA device; --dry-run does not", file=sys.stderr)

@@ -15,7 +15,7 @@ from viditq_fx.scheme import SWITCHED, QuantScheme
 from viditq_fx.switching import SwitchRule
 
 WEIGHTS_MODES = ("keep", "release")
-ATTENTION_MODES = ("auto", "int8", "keep")
+ATTENTION_MODES = ("auto", "int8", "int8-fp8", "int8-int8", "keep")
 QUANTIZE_KERNELS = ("auto", "inductor", "triton")
 SELECTION_MODES = ("auto", "always")
 
@@ -41,7 +41,8 @@ class CompileOptions:
     is given back once they are packed; the model then runs only through its compiled form."""
     attention: str = "auto"
     """"auto": quantize attention where a kernel of ours is faster than SDPA. "int8": wherever its form allows,
-    by the reference where there is no kernel (slow). "keep": leave SDPA alone."""
+    by the reference where there is no kernel (slow); P V stays in 16 bits. "int8-fp8", "int8-int8": P V in e4m3
+    (refused where no hardware multiplies it) or int8. "keep": leave SDPA alone."""
     quantize_kernels: str = "auto"
     """What quantizes rows on CUDA. "auto": our kernel behind a rotation, else Inductor's fusion. "triton": ours also
     behind norms and activations. "inductor": never ours."""

@@ -75,12 +75,12 @@ def test_weights_are_inputs(generated):
     assert "constants" not in code.split("def call")[1].split("return")[0]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_int8_attention_runs_its_kernel(dynamic):
+def attends(option, dynamic=False, cc=90):
+    """(generated code, report of the attention) of one DiT block in bf16."""
     reports = []
 
     def compiler(gm, inputs):
-        reports.append(viditq_backend(gm, inputs, options={"attention": "int8"}).report)
+        reports.append(viditq_backend(gm, inputs, options={"attention": option}).report)
 
     def make():
         torch.set_default_dtype(torch.bfloat16)
@@ -90,15 +90,39 @@ def test_int8_attention_runs_its_kernel(dynamic):
         finally:
             torch.set_default_dtype(torch.float32)
 
-    code = cuda_code(make, compiler=compiler, dynamic=dynamic).text
+    code = cuda_code(make, cc, compiler=compiler, dynamic=dynamic).text
     (attention,) = reports[0].attention
-    assert (attention.kernel, attention.done) == ("triton:attention_int8 128x128", "int8-qk")
+    return code, attention
+
+
+@pytest.mark.parametrize(
+    ("option", "dynamic", "name", "scheme"),
+    [
+        ("int8", False, "attention_int8", "int8-qk"),
+        ("int8", True, "attention_int8", "int8-qk"),
+        ("int8-fp8", True, "attention_int8_fp8", "int8-qk-fp8-pv"),
+        ("int8-int8", True, "attention_int8_int8", "int8-qk-int8-pv"),
+    ],
+)
+def test_int8_attention_runs_its_kernel(option, dynamic, name, scheme):
+    code, attention = attends(option, dynamic)
+    assert (attention.kernel, attention.done) == (f"triton:{name} 128x128", scheme)
     body = code[code.index("def call") :]
     assert len(re.findall(r"attention_int8_kernel\w*\.run\(", body)) == 1
     (kernel,) = (item for item in kernel_sources(code).items() if item[0].startswith("attention_int8_kernel"))
-    assert assemble_generated(*kernel, 90).spills == 0  # as Inductor passes its arguments
+    result = assemble_generated(*kernel, 90)  # as Inductor passes its arguments
+    assert result.spills == 0
+    products = {"int8": {"IGMMA", "HGMMA"}, "int8-fp8": {"IGMMA", "QGMMA"}, "int8-int8": {"IGMMA"}}
+    assert set(result.sass_mma) == products[option]
     assert "bmm" not in body
     assert "_scaled_dot_product" not in body
+
+
+def test_values_in_fp8_are_refused_by_a_device_that_does_not_multiply_them():
+    code, attention = attends("int8-fp8", cc=80)
+    assert attention.done is None
+    assert "the device is sm_80" in attention.reason
+    assert "attention_int8" not in code
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 One row for each kernel, architecture and config: registers of a thread, shared memory of a block, spills, and the
 matrix instructions of the machine code. A row ends with what is wrong with it, in capitals, and the last line counts
 such rows: a config spills, runs without a matrix instruction (but for norm and activation, which multiply none), needs
-more shared memory than a block has, or loads less than 16 bytes a thread where it quantizes rows. Exits 1 if there is
-any.
+more shared memory than a block has, or loads less than 16 bytes a thread where it quantizes rows or attends in 8 bits.
+Exits 1 if there is any.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nogpu.fake_cuda import missing
 from viditq_fx.ops.rotate import rotation_block
 from viditq_fx.triton_templates import (
     attention_int8,
+    attention_tiles,
     linear_fp8,
     linear_w4_block,
     linear_w4a8,
@@ -52,9 +53,14 @@ GEMMS = (
     (linear_fp8.TEMPLATE, linear_fp8.linear_w8a8_fp8_kernel, "*fp8e4nv", "*fp8e4nv"),
 )
 """(template, kernel, type of x, type of w)."""
-STRIDES = [f"{t}_stride_{d}" for t, dims in (("v", "bhl"), ("mask", "bhqk"), ("out", "bhl")) for d in dims]
+STRIDES = [
+    f"{t}_stride_{d}"
+    for t, dims in (("v", ("b", "h", "row")), ("mask", "bhqk"), ("out", "bhl"))
+    for d in dims
+]
 ATTENTION_SIGNATURE = {
     **{"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_ptr": "*i8", "k_scale_ptr": "*fp32"},
+    **dict.fromkeys(("v_scale_ptr", "v_mean_ptr", "token_ptr"), "*fp32"),
     **{"v_ptr": "*bf16", "mask_ptr": "*i1", "out_ptr": "*bf16", "lse_ptr": "*fp32", "scale": "fp32"},
     **dict.fromkeys(("HEADS", "GROUP", "LQ", "LK", *STRIDES), "i32"),
 }
@@ -69,7 +75,7 @@ NORM_SIGNATURE = {
 ROW_WIDTHS = (1152, 3072, 5120, 12288)
 """PixArt; FLUX; Wan 14B; FLUX's feed-forward."""
 HEAD_WIDTHS = (64, 128, 256)
-"""The widest head of each class in `attention_int8.CONFIGS`."""
+"""The widest head of each class in `attention_tiles.CONFIGS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +108,24 @@ def linear(
 
 
 def attention(
-    arch: int, config: Any, head: int, *, masked: bool = False, causal: bool = False, lse: bool = False
+    arch: int,
+    config: Any,
+    head: int,
+    *,
+    values: str = "16 bits",
+    masked: bool = False,
+    causal: bool = False,
+    lse: bool = False,
 ) -> Assembly:
-    """The int8 attention, both lengths dynamic."""
+    """The int8 attention, both lengths dynamic; keys of 8-bit values are padded to multiples of 16."""
     mask = torch.ones(1, dtype=torch.bool) if masked else None
-    fixed = attention_int8.constants(config, head, head, mask, causal) | {"HAS_LSE": lse}
-    options = {"warps": config.num_warps, "stages": config.num_stages}
-    return assemble(attention_int8.attention_int8_kernel, ATTENTION_SIGNATURE, fixed, arch, **options)
+    fixed = attention_int8.constants(config, head, head, mask, causal, values) | {"HAS_LSE": lse}
+    options: dict[str, Any] = {"warps": config.num_warps, "stages": config.num_stages}
+    kind = {"16 bits": "*bf16", "fp8": "*fp8e4nv", "int8": "*i8"}[values]
+    if values != "16 bits":
+        options["multiples"] = ("v_stride_row",)
+    signature = ATTENTION_SIGNATURE | {"v_ptr": kind}
+    return assemble(attention_int8.attention_int8_kernel, signature, fixed, arch, **options)
 
 
 def norm(arch: int, width: int, *, affine: bool = False, multiplier: bool = False) -> Assembly:
@@ -160,6 +177,18 @@ def row_cases() -> Iterator[Case]:
                     yield Case(kernel=name, arch=arch, label=f"K={width} {label}", run=run)
 
 
+def attention_cases() -> Iterator[Case]:
+    """The attention kernel with P V in each of its three forms."""
+    tables = {(arch, masked, "16 bits"): tiles for (arch, masked), tiles in attention_tiles.CONFIGS.items()}
+    for (arch, masked, values), by_width in (tables | attention_tiles.EIGHT_BIT_CONFIGS).items():
+        for head, config in zip(HEAD_WIDTHS, by_width, strict=True):
+            kind = f"head {head}{', mask' if masked else ''}"
+            label = f"{kind} {config} s{config.num_stages} w{config.num_warps}"
+            run = partial(attention, arch, config, head, masked=masked, values=values)
+            name = "attention_int8" + ("" if values == "16 bits" else f"_{values}")
+            yield Case(kernel=name, arch=arch, label=label, run=run)
+
+
 def cases() -> Iterator[Case]:
     """Every config that the lowering may choose."""
     yield from row_cases()
@@ -169,12 +198,7 @@ def cases() -> Iterator[Case]:
                 label = f"{shape} {config} s{config.num_stages} w{config.num_warps}"
                 run = partial(linear, gemm, arch, config)
                 yield Case(kernel=gemm[0].name, arch=arch, label=label, run=run)
-    for (arch, masked), by_width in attention_int8.CONFIGS.items():
-        for head, config in zip(HEAD_WIDTHS, by_width, strict=True):
-            kind = f"head {head}{', mask' if masked else ''}"
-            label = f"{kind} {config} s{config.num_stages} w{config.num_warps}"
-            run = partial(attention, arch, config, head, masked=masked)
-            yield Case(kernel="attention_int8", arch=arch, label=label, run=run)
+    yield from attention_cases()
 
 
 def main() -> int:
@@ -213,7 +237,7 @@ def faults(case: Case, found: Assembly) -> list[str]:
         "SPILLS": found.spills or found.local_bytes,
         "NO MATRIX INSTRUCTION": not (found.sass_mma or multiplies_nothing),
         "TOO MUCH SHARED MEMORY": found.shared_bytes > SHARED_BYTES[case.arch],
-        "NARROW LOADS": case.kernel.endswith("_quantize") and not found.wide_loads,
+        "NARROW LOADS": case.kernel.endswith(("_quantize", "int8_fp8", "int8_int8")) and not found.wide_loads,
     }
     return [name for name, is_so in wrong.items() if is_so]
 

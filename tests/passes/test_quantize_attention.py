@@ -159,6 +159,29 @@ def test_what_stays_says_why(attend, options, reason):
     assert "attention_int8" not in targets(gm)
 
 
+def test_values_in_int8_are_planned_and_computed(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Attention(FORMS["positional"][0]), torch.randn(2, 20, WIDTH)
+    gm, (entry,) = report_of(model, x, attention="int8-int8")
+    assert (entry.planned, entry.done) == ("int8-qk-int8-pv", "int8-qk-int8-pv")
+    assert "attention_int8_int8" in targets(gm)
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: gm.forward)
+    with torch.no_grad():
+        got = torch.compile(model, backend="viditq", options={"attention": "int8-int8"})(x)
+    assert 0 < relative_error(got, model(x)) < 0.02
+
+
+def test_values_in_fp8_are_refused_where_nothing_multiplies_them():
+    model, x = Attention(FORMS["positional"][0]), torch.randn(2, 20, WIDTH)
+    gm, (entry,) = report_of(model, x, attention="int8-fp8")
+    assert (entry.planned, entry.done, entry.outcome) == ("int8-qk-fp8-pv", None, "refused")
+    assert "fp8 needs an NVIDIA GPU" in entry.reason
+    assert "attention='int8-int8'" in entry.reason
+    assert "scaled_dot_product_attention" in targets(gm)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="fp8 needs an NVIDIA GPU"):
+        torch.compile(model, backend="viditq", options={"attention": "int8-fp8", "strict": True})(x)
+
+
 @pytest.mark.slow
 def test_generated_code_and_dynamic_sizes():
     """Through Inductor: one graph for two lengths, the reference as its kernel, named so in the report."""

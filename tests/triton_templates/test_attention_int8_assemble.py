@@ -8,7 +8,7 @@ if reason := missing():
 
 from nogpu.table import HEAD_WIDTHS, attention
 
-from viditq_fx.triton_templates.attention_int8 import CONFIGS
+from viditq_fx.triton_templates.attention_tiles import CONFIGS
 from viditq_fx.triton_templates.base import SHARED_BYTES
 
 pytestmark = pytest.mark.slow

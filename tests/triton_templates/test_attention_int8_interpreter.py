@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="the kernel is a Triton kernel and Triton i
 
 from nogpu.interpreter import run_interpreted
 
-from viditq_fx.triton_templates.attention_int8 import AttentionConfig
+from viditq_fx.triton_templates.attention_tiles import AttentionConfig
 
 pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
 
@@ -60,9 +60,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interpret")
-    return dict(
-        zip(CASES, run_interpreted("nogpu.interpret_attention", list(CASES.values()), folder), strict=True)
-    )
+    payload = [(*case, "16 bits") for case in CASES.values()]
+    return dict(zip(CASES, run_interpreted("nogpu.interpret_attention", payload, folder), strict=True))
 
 
 @pytest.mark.parametrize("label", CASES)

@@ -134,7 +134,10 @@ def explain(
         ),
     ] = None,
     attention: Annotated[
-        str | None, typer.Option(help="auto, int8 or keep: what becomes of attention.  [default: auto]")
+        str | None,
+        typer.Option(
+            help="auto, int8, int8-fp8, int8-int8 or keep: what becomes of attention.  [default: auto]"
+        ),
     ] = None,
     selection: Annotated[
         str | None,

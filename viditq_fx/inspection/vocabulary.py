@@ -29,6 +29,8 @@ _OPS = {
     "norm_modulate_quantize": "LayerNorm or RMSNorm, adaLN scale and shift, and that rounding, in one op",
     "activation_quantize": "GELU, SiLU or their like, a gate, and that rounding, in one op",
     "attention_int8": "attention with quantized queries and keys",
+    "attention_int8_fp8": "the same, with probabilities and values in 8-bit floating point (e4m3)",
+    "attention_int8_int8": "the same, with probabilities and values in int8 too",
 }
 OUTCOMES = {
     "quantized": "runs in integers",

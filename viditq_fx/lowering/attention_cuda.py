@@ -1,7 +1,7 @@
-"""Give int8 attention on CUDA its kernel: `attention_int8` -> an op that a compiler sees through.
+"""Give int8 attention on CUDA its kernel: `attention_int8` and its kin -> an op that a compiler sees through.
 
-Quantizing queries and keys becomes plain aten, which Inductor fuses with the qk-norm and RoPE in front, and the
-Triton kernel a node that Inductor calls.
+Quantizing queries and keys (and values, into columns) becomes plain aten, which Inductor fuses with the qk-norm and
+RoPE in front, and the Triton kernel a node that Inductor calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from viditq_fx.report import SIMULATION
 from viditq_fx.triton_templates.base import architecture
 
 SIMULATED = f"{SIMULATION} int8 values, fp32 arithmetic"
-SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa) -> Tensor"
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa, str values)"
+    " -> Tensor"
+)
+VALUES = ((ops.ATTENTION_INT8, "16 bits"), (ops.ATTENTION_INT8_FP8, "fp8"), (ops.ATTENTION_INT8_INT8, "int8"))
+"""(op, what its kernel multiplies P and V in)."""
 
 
 def why_no_kernel(device: torch.device) -> str | None:
@@ -37,13 +42,16 @@ def why_no_kernel(device: torch.device) -> str | None:
 def select_attention_kernels(gm: fx.GraphModule) -> dict[str, KernelChoice]:
     """Rewrite int8 attention on CUDA; returns the choice by node name. Without a kernel the reference computes."""
     choices: dict[str, KernelChoice] = {}
+    known = {op.overload: (op.name, values) for op, values in VALUES}
     for node in gm.graph.nodes:
-        if node.target is not ops.ATTENTION_INT8.overload:
+        if node.target not in known:
             continue
+        name, values = known[node.target]
         missing = why_no_kernel(example(node).device)
         if missing is None:
             node.target = traced_op()
-            choices[node.name] = KernelChoice(kernel=f"triton:attention_int8 {_config(*node.args[:4])}")
+            choices[node.name] = KernelChoice(kernel=f"triton:{name} {_config(*node.args[:4], values)}")
+            node.args = (*node.args, values)
         else:
             choices[node.name] = KernelChoice(kernel=SIMULATED, reason=missing)
     if choices:
@@ -68,18 +76,22 @@ def _attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    values: str,
 ) -> Tensor:
     from torch.library import wrap_triton
 
-    from viditq_fx.triton_templates.attention_int8 import config_for, launch
+    from viditq_fx.triton_templates.attention_int8 import launch
+    from viditq_fx.triton_templates.attention_tiles import config_for
 
-    config = config_for(torch.cuda.get_device_capability(q.device), q.shape[-1], attn_mask is not None)
+    capability = torch.cuda.get_device_capability(q.device)
+    config = config_for(capability, max(q.shape[-1], v.shape[-1]), attn_mask is not None, values)
     options = (attn_mask, is_causal, scale, enable_gqa)
-    return launch(q, k, v, *options, config=config, run=wrap_triton)[0]
+    return launch(q, k, v, *options, config=config, values=values, run=wrap_triton)[0]
 
 
 def _config(*operands: Any) -> Any:
-    from viditq_fx.triton_templates.attention_int8 import config_for
+    from viditq_fx.triton_templates.attention_tiles import config_for
 
-    q, mask = example(operands[0]), operands[3]
-    return config_for(torch.cuda.get_device_capability(q.device), q.shape[-1], mask is not None)
+    (q, v), (mask, values) = (example(operands[i]) for i in (0, 2)), operands[3:]
+    capability = torch.cuda.get_device_capability(q.device)
+    return config_for(capability, max(q.shape[-1], v.shape[-1]), mask is not None, values)

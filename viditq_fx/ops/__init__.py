@@ -2,6 +2,7 @@
 
 from viditq_fx.ops.activation import ACTIVATION_QUANTIZE
 from viditq_fx.ops.attention import ATTENTION_INT8
+from viditq_fx.ops.attention_eight_bit import ATTENTION_INT8_FP8, ATTENTION_INT8_INT8
 from viditq_fx.ops.base import QuantOp, Sample, Tolerance, all_ops
 from viditq_fx.ops.cat import CAT_INT8
 from viditq_fx.ops.fp8 import LINEAR_W8A8_FP8, QUANTIZE_FP8_PER_CHANNEL, QUANTIZE_FP8_PER_TOKEN
@@ -34,6 +35,8 @@ __all__ = [
     "ADD_LOW_RANK",
     "ADD_ZERO_POINT",
     "ATTENTION_INT8",
+    "ATTENTION_INT8_FP8",
+    "ATTENTION_INT8_INT8",
     "CAT_INT8",
     "DEQUANTIZE_PER_BLOCK",
     "DEQUANTIZE_PER_CHANNEL",

@@ -13,7 +13,7 @@ broadcast to [..., H, Lq, Lk]; result [..., H, Lq, Dv] in q's dtype. D <= 256.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from viditq_fx.scheme import largest_int
 
 BLOCK_Q, BLOCK_K = 128, 64
 """Tokens that share one scale: the tiles of the kernels."""
+SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa) -> Tensor"
 MAX_HEAD = 256
 """Widest head: 127 * 127 * 256 is below 2^24, so an fp32 product of the integers is exact."""
 
@@ -64,6 +65,24 @@ def attention_int8(
 
     Raises ValueError for shapes that do not fit together, D > 256, or a mask beside `is_causal`.
     """
+    return attend(q, k, v, attn_mask, is_causal, scale, enable_gqa, _weighting)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    weighting: Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]],
+) -> Tensor:
+    """Attention with int8 scores. `weighting(v)` gives a function of p = exp(S - max S) [..., rows, Lk] and of its sums
+    [..., rows, 1], which makes p V / sum p of them.
+
+    Raises ValueError as `attention_int8` does.
+    """
     check(q, k, v, attn_mask, is_causal, enable_gqa)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
@@ -75,12 +94,13 @@ def attention_int8(
         q_int, s_q, k_int, s_k = quantize_queries_and_keys(q, k)
         q_scale, k_scale = spread(s_q, BLOCK_Q, q.shape[-2]), spread(s_k, BLOCK_K, k.shape[-2])
         q_int, k_int = q_int.to(torch.float32), k_int.to(torch.float32)
+        weigh = weighting(v)
         for start in range(0, q.shape[-2], BLOCK_Q):
             rows = slice(start, start + BLOCK_Q)
             scores = (q_int[..., rows, :] @ k_int.transpose(-1, -2)) * q_scale[..., rows, :]
             scores = scores * k_scale.transpose(-1, -2) * factor
             scores = _masked(scores, attn_mask, is_causal, start)
-            out[..., rows, :] = _weighted(scores, v).to(q.dtype)
+            out[..., rows, :] = _weighted(scores, weigh).to(q.dtype)
     return out
 
 
@@ -98,15 +118,17 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool, start: int) ->
     return scores + part.to(torch.float32)
 
 
-def _weighted(scores: Tensor, v: Tensor) -> Tensor:
+def _weighting(v: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda p, total: p.to(v.dtype).to(torch.float32) @ v.to(torch.float32) / total
+
+
+def _weighted(scores: Tensor, weigh: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     top = scores.amax(dim=-1, keepdim=True)
     blank = top == float("-inf")
-    weights = torch.exp(scores - torch.where(blank, torch.zeros_like(top), top))
-    total = weights.sum(dim=-1, keepdim=True)
-    value = weights.to(v.dtype).to(torch.float32) @ v.to(torch.float32)
-    return torch.where(
-        blank, torch.zeros_like(value), value / torch.where(blank, torch.ones_like(total), total)
-    )
+    p = torch.exp(scores - torch.where(blank, torch.zeros_like(top), top))
+    total = p.sum(dim=-1, keepdim=True)
+    value = weigh(p, torch.where(blank, torch.ones_like(total), total))
+    return torch.where(blank, torch.zeros_like(value), value)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> None:
@@ -125,7 +147,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
         raise ValueError("attention_int8: give a mask or is_causal, not both")
 
 
-def _fake(
+def fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -137,7 +159,7 @@ def _fake(
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _samples(device: torch.device) -> Iterator[Sample]:
+def samples(device: torch.device) -> Iterator[Sample]:
     gen = torch.Generator(device=device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,13 +181,10 @@ def _samples(device: torch.device) -> Iterator[Sample]:
 ATTENTION_INT8 = register(
     QuantOp(
         name="attention_int8",
-        schema=(
-            "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float? scale, bool enable_gqa)"
-            " -> Tensor"
-        ),
+        schema=SCHEMA,
         reference=attention_int8,
-        fake=_fake,
-        samples=_samples,
+        fake=fake,
+        samples=samples,
         # Kernels run the softmax online and over other tiles; P is rounded to V's dtype in either.
         tolerances={
             torch.float32: Tolerance(rtol=1e-4, atol=1e-5),

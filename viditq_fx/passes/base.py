@@ -37,7 +37,7 @@ class PassContext:
     scheme: QuantScheme
     keep: tuple[str, ...] = ()
     attention: str = "auto"
-    """"auto", "int8" or "keep", as in CompileOptions."""
+    """"auto", "int8", "int8-fp8", "int8-int8" or "keep", as in CompileOptions."""
     recipe: Recipe | None = None
     """What calibration decided; `scheme` is its scheme then."""
     selection: str = "always"

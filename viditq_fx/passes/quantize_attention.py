@@ -3,6 +3,8 @@
 scaled_dot_product_attention(q, k, v, ...)  ->  attention_int8(q, k, v, mask, is_causal, scale, enable_gqa)
 softmax(scale * q @ k^T + mask) @ v         ->  the same
 
+or attention_int8_fp8, attention_int8_int8, by option `attention`.
+
 A call stays SDPA, with its reason, where no kernel of ours is faster or its form cannot be honoured.
 """
 
@@ -18,6 +20,7 @@ from torch import fx
 from viditq_fx import ops
 from viditq_fx.graph_edit import call, example
 from viditq_fx.ops.attention import MAX_HEAD
+from viditq_fx.ops.fp8 import why_no_fp8
 from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node, hint
 from viditq_fx.passes.attention_form import FORM_KEY, PART_KEY, AttentionForm, is_sdpa, read_attention
 from viditq_fx.passes.attention_spelled import SpelledAttention, read_spelled
@@ -31,7 +34,12 @@ from viditq_fx.report import SiteReport
 from viditq_fx.site import Site
 
 ROLE = "attention"
-SCHEME = "int8-qk"
+PLANS = {
+    "int8": ("int8-qk", ops.ATTENTION_INT8),
+    "int8-fp8": ("int8-qk-fp8-pv", ops.ATTENTION_INT8_FP8),
+    "int8-int8": ("int8-qk-int8-pv", ops.ATTENTION_INT8_INT8),
+}
+"""Option `attention` -> (the scheme's name in reports, op)."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,7 +81,8 @@ class QuantizeAttention(Pass):
             options = (form.is_causal, None if scale is None else float(scale), form.enable_gqa)
             with gm.graph.inserting_before(node):
                 operands = _operands(gm.graph, node)
-                fused = call(gm.graph, ops.ATTENTION_INT8.overload, (*operands, *options), node)
+                scheme, op = PLANS[ctx.attention]
+                fused = call(gm.graph, op.overload, (*operands, *options), node)
             fused.meta[SITE_KEY], fused.meta[FORM_KEY] = node.meta[SITE_KEY], form
             spelled = read_spelled(node)
             node.replace_all_uses_with(_as_dtype(gm.graph, fused, node))
@@ -83,7 +92,7 @@ class QuantizeAttention(Pass):
                     gm.graph.erase_node(idle)
             del ctx.sites[node.name]
             ctx.sites[fused.name] = entry
-            entry.done = SCHEME
+            entry.done = scheme
             results.append(Match(site=fused.meta[SITE_KEY], detail=str(form)))
         return tuple(results)
 
@@ -120,8 +129,9 @@ def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext, writes: Writ
     ctx.report.attention.append(entry)
     entry.reason = _reason_to_keep(entry, node, ctx)
     if entry.reason is None:
-        entry.planned = SCHEME
+        entry.planned = PLANS[ctx.attention][0]
         entry.reason = _why_impossible(form) or _why_misshapen(form) or _why_open(spelled, writes)
+        entry.reason = entry.reason or _why_no_fp8(node, ctx)
     return (
         Match(site=site, detail=str(form)) if entry.reason is None else Reject(site=site, reason=entry.reason)
     )
@@ -166,6 +176,12 @@ def _why_impossible(form: AttentionForm) -> str | None:
     if form.is_causal and form.mask is not None:
         return "a mask beside is_causal"
     return None
+
+
+def _why_no_fp8(node: fx.Node, ctx: PassContext) -> str | None:
+    """fp8 runs where it is multiplied and is simulated nowhere; what computes instead has another error and name."""
+    lack = why_no_fp8(example(node).device) if ctx.attention == "int8-fp8" else None
+    return lack and f"{lack}; attention='int8-int8' and 'int8' need none"
 
 
 def _why_misshapen(form: AttentionForm) -> str | None:

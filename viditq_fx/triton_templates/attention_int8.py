@@ -1,31 +1,48 @@
 """Attention for CUDA with an int8 product of queries and keys: one pass over the keys, online softmax.
 
     S = (Qq Kq^T) * s_q * s_k * scale        int8 tensor cores, exact int32 sums
-    O = softmax(S + mask) V                  fp32 softmax; P in V's dtype, fp32 accumulation
+    O = softmax(S + mask) V                  fp32 softmax; P in V's dtype, e4m3 or int8, fp32 accumulation
     L = log sum exp (S + mask)               natural logarithm, for context parallelism
 
-Meaning and quantization: `viditq_fx/ops/attention.py` (one scale for 128 queries or 64 keys; K less its mean).
-Method: SageAttention (arXiv 2410.02367), FlashAttention-2 (arXiv 2307.08691).
+Meaning and quantization: `viditq_fx/ops/attention.py` (one scale for 128 queries or 64 keys; K less its mean), and of V
+`viditq_fx/ops/attention_eight_bit.py`. Methods: SageAttention and SageAttention2 (arXiv 2410.02367, 2411.10958),
+FlashAttention-2 (arXiv 2307.08691). Tensor cores that multiply e4m3 keep 22 bits or fewer while they add, so what they
+made of each tile of keys is added to a sum in ordinary fp32 registers; int32 sums of a tile are exact.
 
 Shapes: q [B, H, Lq, D] and k [B, Hkv, Lk, D] int8, contiguous; scales fp32 [B, H, blocks]; v [B, Hkv, Lk, Dv] with any
-strides but a contiguous last axis; mask broadcast by strides of 0; out [B, H, Lq, Dv]; lse fp32 [B, H, Lq].
+strides but a contiguous last axis, or 8 bits in [B, Hkv, Dv, keys] (see `columns`); mask broadcast by strides of 0; out
+[B, H, Lq, Dv]; lse fp32 [B, H, Lq].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from viditq_fx.ops.attention import BLOCK_K, BLOCK_Q, check, quantize_queries_and_keys
-from viditq_fx.triton_templates.base import architecture
+from viditq_fx.ops.attention_eight_bit import spread_of_values, token_scale, values_to_fp8, values_to_int8
+from viditq_fx.ops.fp8 import LARGEST
+from viditq_fx.triton_templates.attention_tiles import AttentionConfig
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_127 = tl.constexpr(6.988684686772166)
+ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2^23: a number of up to 2^22 that is added to it is rounded, and is its low bits."""
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
+VALUES = {"16 bits": 0, "fp8": 1, "int8": 2}
+"""What P and V are multiplied in -> the kernel's constant VALUES; "16 bits" is V's own dtype."""
+
+
+@triton.jit
+def _in_order_of_columns(p_MN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Put keys in the order of `columns`: a thread then holds as first operand what it has of the sums, unshuffled."""
+    p = tl.permute(tl.reshape(p_MN, (BLOCK_M, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(p, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
@@ -38,8 +55,9 @@ def _attend(
     k_ptr,
     k_scale_ptr,
     v_ptr,
+    token_ptr,
     mask_ptr,
-    v_stride_l,
+    v_stride_row,
     mask_stride_q,
     mask_stride_k,
     first,
@@ -54,6 +72,7 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCALE_N: tl.constexpr,
+    VALUES: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
@@ -65,21 +84,32 @@ def _attend(
     dv_D = tl.arange(0, BLOCK_DV)
     # Addresses: a 64-bit base that is one number and moves, and 32-bit offsets in the tile that stay.
     k_ptr += begin.to(tl.int64) * D
-    v_ptr += begin.to(tl.int64) * v_stride_l
+    v_ptr += begin.to(tl.int64) * v_stride_row if VALUES == 0 else begin
     mask_ptr += begin.to(tl.int64) * mask_stride_k
     for start in range(begin, end, BLOCK_N):
         left = LK - start
         k_at = k_ptr + n_N[None, :] * D + d_D[:, None]
-        v_at = v_ptr + n_N[:, None] * v_stride_l + dv_D[None, :]
+        # Columns of V go on to a multiple of 16, where P is 0.
+        last = left if VALUES == 0 else v_stride_row - start
+        if VALUES == 0:
+            v_at = v_ptr + n_N[:, None] * v_stride_row + dv_D[None, :]
+        else:
+            v_at = v_ptr + dv_D[None, :].to(tl.int64) * v_stride_row + n_N[:, None]
         if EDGE:
             k_DN = tl.load(k_at, mask=(n_N[None, :] < left) & (d_D[:, None] < D), other=0)
-            v_ND = tl.load(v_at, mask=(n_N[:, None] < left) & (dv_D[None, :] < DV), other=0.0)
+            v_ND = tl.load(v_at, mask=(n_N[:, None] < last) & (dv_D[None, :] < DV), other=0.0)
             k_scale_N = tl.load(k_scale_ptr + (start + n_N) // SCALE_N, mask=n_N < left, other=0.0)
         else:
             k_DN = tl.load(k_at) if D == BLOCK_D else tl.load(k_at, mask=d_D[:, None] < D, other=0)
             v_ND = tl.load(v_at) if DV == BLOCK_DV else tl.load(v_at, mask=dv_D[None, :] < DV, other=0.0)
             k_scale_N = tl.load(k_scale_ptr + (start + n_N) // SCALE_N)
         s_MN = tl.dot(q_MD, k_DN, out_dtype=tl.int32).to(tl.float32) * (q_scale * k_scale_N)[None, :]
+        if VALUES == 2:
+            # P times V's scale of each token, from here on; its inverse makes the sum of P of it.
+            token_at = token_ptr + start + n_N
+            s_MN += (tl.load(token_at, mask=n_N < left, other=0.0) if EDGE else tl.load(token_at))[None, :]
+            inverse_at = token_at + LK
+            inverse_N = tl.load(inverse_at, mask=n_N < left, other=0.0) if EDGE else tl.load(inverse_at)
         if MASK != 0:
             # A row past the end reads the last row's mask; it is never stored.
             mask_at = (
@@ -96,16 +126,32 @@ def _attend(
             if CAUSAL:
                 s_MN = tl.where(first + m_M[:, None] >= start + n_N[None, :], s_MN, float("-inf"))
 
-        next_M = tl.maximum(top_M, tl.max(s_MN, 1))
+        block_M = tl.max(s_MN, 1)
+        next_M = tl.maximum(top_M, block_M)
         # A row that no key is open to yet keeps -inf: subtract 0 there, so that no NaN is made.
         safe_M = tl.where(next_M == float("-inf"), 0.0, next_M)
-        p_MN = tl.exp2(s_MN - safe_M[:, None])
         shrink_M = tl.exp2(top_M - safe_M)
-        sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
-        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
+        if VALUES == 0:
+            p_MN = tl.exp2(s_MN - safe_M[:, None])
+            sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
+            out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
+        elif VALUES == 1:
+            p_MN = tl.exp2(s_MN - (safe_M - 8.0)[:, None])
+            sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
+            p_MN = _in_order_of_columns(p_MN.to(v_ND.dtype), BLOCK_M, BLOCK_N)
+            # The limit keeps this product a sum of its own: without one it is folded into that of all tiles.
+            out_MD = out_MD * shrink_M[:, None] + tl.dot(p_MN, v_ND, max_num_imprecise_acc=BLOCK_N)
+        else:
+            level_M = tl.where(block_M == float("-inf"), 0.0, block_M)
+            p_MN = tl.exp2(s_MN - (level_M - LOG2_127)[:, None])
+            weight_M = tl.exp2(block_M - safe_M)
+            sum_M = sum_M * shrink_M + tl.sum(p_MN * inverse_N[None, :], 1) * weight_M  # pyright: ignore[reportPossiblyUnboundVariable]
+            p_MN = (p_MN + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+            product_MD = tl.dot(_in_order_of_columns(p_MN, BLOCK_M, BLOCK_N), v_ND, out_dtype=tl.int32)
+            out_MD = out_MD * shrink_M[:, None] + product_MD.to(tl.float32) * weight_M[:, None]
         top_M = next_M
         k_ptr += BLOCK_N * D
-        v_ptr += BLOCK_N * v_stride_l
+        v_ptr += BLOCK_N * v_stride_row if VALUES == 0 else BLOCK_N
     return top_M, sum_M, out_MD
 
 
@@ -116,6 +162,9 @@ def attention_int8_kernel(
     k_ptr,
     k_scale_ptr,
     v_ptr,
+    v_scale_ptr,
+    v_mean_ptr,
+    token_ptr,
     mask_ptr,
     out_ptr,
     lse_ptr,
@@ -126,7 +175,7 @@ def attention_int8_kernel(
     LK,
     v_stride_b,
     v_stride_h,
-    v_stride_l,
+    v_stride_row,
     mask_stride_b,
     mask_stride_h,
     mask_stride_q,
@@ -142,6 +191,7 @@ def attention_int8_kernel(
     BLOCK_N: tl.constexpr,
     SCALE_M: tl.constexpr,
     SCALE_N: tl.constexpr,
+    VALUES: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -162,6 +212,7 @@ def attention_int8_kernel(
     k_ptr += kv * LK * D
     v_ptr += batch * v_stride_b + kv_head * v_stride_h
     k_scale_ptr += kv * tl.cdiv(LK, SCALE_N)
+    token_ptr += kv * 2 * LK
     mask_ptr += batch * mask_stride_b + head * mask_stride_h + first.to(tl.int64) * mask_stride_q
     q_at = q_ptr + m_M[:, None] * D + d_D[None, :]
     q_MD = tl.load(q_at, mask=(m_M[:, None] < rows) & (d_D[None, :] < D), other=0)
@@ -179,18 +230,26 @@ def attention_int8_kernel(
     # Whole tiles first, without a mask of their own: the last one, and those on the diagonal, come after.
     whole = tl.minimum(end, first if CAUSAL else LK) // BLOCK_N * BLOCK_N
     top_M, sum_M, out_MD = _attend(
-        *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, mask_ptr),
-        *(v_stride_l, mask_stride_q, mask_stride_k, first, rows, whole * 0, whole, LK),
-        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, False),  # pyright: ignore[reportArgumentType]
+        *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, token_ptr, mask_ptr),
+        *(v_stride_row, mask_stride_q, mask_stride_k, first, rows, whole * 0, whole, LK),
+        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, VALUES, MASK, CAUSAL, False),  # pyright: ignore[reportArgumentType]
     )
     top_M, sum_M, out_MD = _attend(
-        *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, mask_ptr),
-        *(v_stride_l, mask_stride_q, mask_stride_k, first, rows, whole, end, LK),
-        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, MASK, CAUSAL, True),  # pyright: ignore[reportArgumentType]
+        *(q_MD, q_scale, top_M, sum_M, out_MD, k_ptr, k_scale_ptr, v_ptr, token_ptr, mask_ptr),
+        *(v_stride_row, mask_stride_q, mask_stride_k, first, rows, whole, end, LK),
+        *(D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SCALE_N, VALUES, MASK, CAUSAL, True),  # pyright: ignore[reportArgumentType]
     )
 
     out_MD = out_MD / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
+    if VALUES != 0:
+        scale_D = tl.load(v_scale_ptr + kv * DV + dv_D, mask=dv_D < DV, other=0.0)
+        mean_D = tl.load(v_mean_ptr + kv * DV + dv_D, mask=dv_D < DV, other=0.0)
+        out_MD = out_MD * scale_D[None, :] + tl.where(sum_M == 0.0, 0.0, 1.0)[:, None] * mean_D[None, :]
     if HAS_LSE:
+        if VALUES == 1:
+            top_M -= 8.0
+        elif VALUES == 2:
+            top_M -= LOG2_127
         lse_M = (top_M + tl.log2(sum_M)) / LOG2_E
         tl.store(lse_ptr + (batch * HEADS + head) * LQ + first + m_M, lse_M, mask=m_M < rows)
     out_ptr += batch * out_stride_b + head * out_stride_h + first.to(tl.int64) * out_stride_l
@@ -198,45 +257,13 @@ def attention_int8_kernel(
     tl.store(out_at, out_MD.to(out_ptr.dtype.element_ty), mask=(m_M[:, None] < rows) & (dv_D[None, :] < DV))
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Tile of one program: `block_m` queries (a divisor of 128) over `block_n` keys at a time."""
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    num_warps: int
-
-    def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}"
-
-
-def _tiles(*tile: int) -> AttentionConfig:
-    return AttentionConfig(block_m=tile[0], block_n=tile[1], num_stages=tile[2], num_warps=tile[3])
-
-
-# (architecture, has a mask) -> configs for heads up to 64, 128 and 256 wide. Estimates from peers' tiles until
-# `benchmarks/gpu.py` has measured them. A mask's addresses and values take registers: larger tiles spill there,
-# and none of these does (tests).
-CONFIGS = {
-    (80, False): (_tiles(128, 64, 3, 8), _tiles(128, 64, 3, 8), _tiles(64, 64, 2, 8)),
-    (80, True): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(32, 32, 2, 8)),
-    (89, False): (_tiles(128, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8)),
-    (89, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(32, 32, 2, 8)),
-    (90, False): (_tiles(128, 128, 3, 8), _tiles(128, 128, 3, 8), _tiles(64, 64, 2, 8)),
-    (90, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8)),
-    (100, False): (_tiles(128, 64, 3, 8), _tiles(128, 128, 2, 8), _tiles(64, 64, 2, 8)),
-    (100, True): (_tiles(64, 64, 2, 8), _tiles(64, 64, 1, 8), _tiles(64, 32, 2, 8)),
-}
-
-
-def config_for(capability: tuple[int, int], head: int, masked: bool) -> AttentionConfig:
-    """The config for a head width; an architecture that is not in the list takes that of sm_80."""
-    return CONFIGS[architecture(capability) or 80, masked][0 if head <= 64 else 1 if head <= 128 else 2]
-
-
 def constants(
-    config: AttentionConfig, head: int, value: int, mask: Tensor | None, causal: bool
+    config: AttentionConfig,
+    head: int,
+    value: int,
+    mask: Tensor | None,
+    causal: bool,
+    values: str = "16 bits",
 ) -> dict[str, int]:
     """The kernel's compile-time constants but for HAS_LSE."""
     kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDITIVE_MASK
@@ -250,6 +277,7 @@ def constants(
         "BLOCK_N": config.block_n,
         "SCALE_M": BLOCK_Q,
         "SCALE_N": BLOCK_K,
+        "VALUES": VALUES[values],
         "MASK": kind,
         "CAUSAL": causal,
     }
@@ -265,10 +293,13 @@ def launch(
     enable_gqa: bool,
     *,
     config: AttentionConfig,
+    values: str = "16 bits",
     return_lse: bool = False,
     run: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Quantize, then run the kernel: arguments and result as of `viditq::attention_int8`, and the log-sum-exp.
+
+    `values` is what P V is computed in: "fp8" and "int8" as of `viditq::attention_int8_fp8` and `attention_int8_int8`.
 
     `run` wraps the kernel for a compiler that traces the call. Raises what the op's reference raises.
     """
@@ -277,19 +308,20 @@ def launch(
     q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))
     (batch, heads, length, head), keys, value = q.shape, k.shape[-2], v.shape[-1]
     q_int, q_scale, k_int, k_scale = quantize_queries_and_keys(q, k)
-    v = v if v.stride(-1) == 1 else v.contiguous()
+    v_rows, *v_scales = rows_of_values(v, values)
     # Token-major in memory, as projections are: transposing back to [B, L, H * Dv] copies nothing.
     out = q.new_empty(batch, length, heads, value).transpose(1, 2)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32) if return_lse else None
     mask, strides = _mask(attn_mask, (*lead, heads, length, keys), batch)
     factor = head**-0.5 if scale is None else scale
     arguments = (
-        *(q_int.contiguous(), q_scale.contiguous(), k_int.contiguous(), k_scale.contiguous(), v),
+        *(q_int.contiguous(), q_scale.contiguous(), k_int.contiguous(), k_scale.contiguous(), v_rows),
+        *(q_scale if t is None else t for t in v_scales),
         *(q_int if mask is None else mask, out, q_scale if lse is None else lse),
         factor,
-        *(heads, heads // k.shape[1], length, keys, *v.stride()[:3], *strides, *out.stride()[:3]),
+        *(heads, heads // k.shape[1], length, keys, *v_rows.stride()[:3], *strides, *out.stride()[:3]),
     )
-    fixed: dict[str, Any] = constants(config, head, value, mask, is_causal) | {"HAS_LSE": return_lse}
+    fixed: dict[str, Any] = constants(config, head, value, mask, is_causal, values) | {"HAS_LSE": return_lse}
     grid = (triton.cdiv(length, config.block_m), batch * heads)
     (run or (lambda kernel: kernel))(attention_int8_kernel)[grid](
         *arguments, **fixed, num_stages=config.num_stages, num_warps=config.num_warps
@@ -299,6 +331,35 @@ def launch(
         mean_k = k.to(torch.float32).mean(dim=-2, keepdim=True).repeat_interleave(heads // k.shape[1], dim=1)
         lse = (lse + (q.to(torch.float32) * mean_k).sum(-1) * factor).reshape(shape[:-1])
     return out.reshape(*shape[:-1], value), lse
+
+
+def rows_of_values(v: Tensor, values: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """v [B, Hkv, Lk, Dv] -> (what the kernel reads of it, scale and mean fp32 [B, Hkv, Dv], log2 and inverse of the
+    scale of each token fp32 [B, Hkv, 2, Lk]); None for what `values` has not.
+    """
+    if values == "16 bits":
+        return v if v.stride(-1) == 1 else v.contiguous(), None, None, None
+    mean_D, far_D = spread_of_values(v)
+    if values == "fp8":
+        v_DN = values_to_fp8(columns(v), *(t.transpose(-1, -2) for t in (mean_D, far_D)))
+        return v_DN.contiguous(), far_D.squeeze(-2) * (1.0 / LARGEST), mean_D.squeeze(-2), None
+    token_N = token_scale(v, mean_D, far_D)
+    across = (mean_D.transpose(-1, -2), far_D.transpose(-1, -2))
+    v_DN = values_to_int8(columns(v), *across, columns(token_N, 1.0))
+    tokens = torch.stack((token_N.squeeze(-1).log2(), 1.0 / token_N.squeeze(-1)), dim=-2)
+    return v_DN.contiguous(), far_D.squeeze(-2) * (1.0 / 127), mean_D.squeeze(-2), tokens
+
+
+def columns(v: Tensor, fill: float = 0.0) -> Tensor:
+    """v [..., L, D] -> a view or copy [..., D, L] with L padded to a multiple of 16 and every 16 keys in another order.
+
+    sm_90 multiplies 8-bit operands only with keys side by side; transposing them in the kernel takes it as long as the
+    softmax. Key 8 h + 2 t + j of 16 comes to place 4 t + 2 h + j: see `_in_order_of_columns`.
+    """
+    length, groups = v.shape[-2], (v.shape[-2] + 15) // 16
+    v = F.pad(v, (0, 0, 0, 16 * groups - length), value=fill)
+    v = v.reshape(*v.shape[:-2], groups, 2, 4, 2, v.shape[-1]).movedim(-1, -5).transpose(-3, -2)
+    return v.flatten(-4)
 
 
 def _mask(mask: Tensor | None, full: tuple[int, ...], batch: int) -> tuple[Tensor | None, tuple[int, ...]]:
