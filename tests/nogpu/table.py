@@ -181,6 +181,8 @@ def attention_cases() -> Iterator[Case]:
     """The attention kernel with P V in each of its three forms."""
     tables = {(arch, masked, "16 bits"): tiles for (arch, masked), tiles in attention_tiles.CONFIGS.items()}
     for (arch, masked, values), by_width in (tables | attention_tiles.EIGHT_BIT_CONFIGS).items():
+        if values != "16 bits" and attention_tiles.why_no_eight_bit_values(divmod(arch, 10)):
+            continue
         for head, config in zip(HEAD_WIDTHS, by_width, strict=True):
             kind = f"head {head}{', mask' if masked else ''}"
             label = f"{kind} {config} s{config.num_stages} w{config.num_warps}"

@@ -131,7 +131,7 @@ def _annotate(node: fx.Node, form: AttentionForm, ctx: PassContext, writes: Writ
     if entry.reason is None:
         entry.planned = PLANS[ctx.attention][0]
         entry.reason = _why_impossible(form) or _why_misshapen(form) or _why_open(spelled, writes)
-        entry.reason = entry.reason or _why_no_fp8(node, ctx)
+        entry.reason = entry.reason or _why_no_fp8(node, ctx) or _why_no_values(node, ctx)
     return (
         Match(site=site, detail=str(form)) if entry.reason is None else Reject(site=site, reason=entry.reason)
     )
@@ -182,6 +182,15 @@ def _why_no_fp8(node: fx.Node, ctx: PassContext) -> str | None:
     """fp8 runs where it is multiplied and is simulated nowhere; what computes instead has another error and name."""
     lack = why_no_fp8(example(node).device) if ctx.attention == "int8-fp8" else None
     return lack and f"{lack}; attention='int8-int8' and 'int8' need none"
+
+
+def _why_no_values(node: fx.Node, ctx: PassContext) -> str | None:
+    device = example(node).device
+    if ctx.attention not in ("int8-fp8", "int8-int8") or device.type != "cuda":
+        return None
+    from viditq_fx.triton_templates.attention_tiles import why_no_eight_bit_values
+
+    return why_no_eight_bit_values(torch.cuda.get_device_capability(device))
 
 
 def _why_misshapen(form: AttentionForm) -> str | None:

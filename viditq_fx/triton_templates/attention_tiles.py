@@ -48,13 +48,31 @@ EIGHT_BIT_CONFIGS = {
     (89, True, "int8"): (_tiles(64, 64, 2, 8), _tiles(64, 64, 2, 8), _tiles(32, 32, 2, 8)),
     (90, False, "fp8"): (_tiles(128, 128, 3, 8), _tiles(128, 128, 3, 8), _tiles(64, 32, 1, 8)),
     (90, True, "fp8"): (_tiles(128, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(64, 32, 2, 8)),
-    (90, False, "int8"): (_tiles(128, 64, 3, 8), _tiles(128, 128, 3, 8), _tiles(64, 32, 3, 8)),
-    (90, True, "int8"): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(64, 32, 2, 8)),
+    (90, False, "int8"): (_tiles(128, 64, 3, 8), _tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8)),
+    (90, True, "int8"): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(32, 32, 2, 8)),
     (100, False, "fp8"): (_tiles(128, 64, 3, 8), _tiles(128, 128, 2, 8), _tiles(64, 32, 2, 8)),
     (100, True, "fp8"): (_tiles(64, 64, 2, 8), _tiles(64, 64, 1, 8), _tiles(64, 32, 1, 8)),
     (100, False, "int8"): (_tiles(128, 64, 3, 8), _tiles(64, 64, 1, 8), _tiles(32, 32, 2, 8)),
     (100, True, "int8"): (_tiles(64, 64, 2, 8), _tiles(64, 32, 2, 8), _tiles(32, 32, 2, 8)),
 }
+
+
+FIRST_ON_BLACKWELL = (3, 7)
+"""First Triton whose compiler takes 8-bit P V behind a mask on sm_100; 3.6 ends in "Illegal shared layout"."""
+
+
+def why_no_eight_bit_values(capability: tuple[int, int]) -> str | None:
+    """Why the installed Triton compiles no attention with P V in 8 bits for a device, or None."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if architecture(capability) == 100 and version < FIRST_ON_BLACKWELL:
+        wanted = ".".join(map(str, FIRST_ON_BLACKWELL))
+        return (
+            f"P V in 8 bits on sm_{capability[0]}{capability[1]} needs Triton {wanted} or later, not "
+            f"{triton.__version__}: attention='int8' needs no newer one"
+        )
+    return None
 
 
 def config_for(
