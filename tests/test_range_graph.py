@@ -69,6 +69,7 @@ def asked(plans, index):
     return {path: str(plan.scheme) for path, plan in plans.at_range(index).sites.items()}
 
 
+@pytest.mark.slow
 def test_twenty_steps_run_their_ranges_bits_as_plain_recipes_do_and_nothing_recompiles(monkeypatch):
     torch._dynamo.reset()
     model, plans, (x, _) = tiny_dit(1), recipe(), tiny_inputs()
@@ -244,7 +245,7 @@ def test_explain_tells_the_bits_of_all_ranges(without_inductor):
     report = vq.explain(tiny_dit(1), x, t, options={"recipe": recipe(), "weights": "release"}, graphs=True)
     assert [found.graphs for found in report.ranges] == [(0, 1, 0, 2)]
     (note,) = (note for note in report.notes if "by range of the timestep" in note)
-    assert note.endswith("this call ran those of 250 <= t < 500.")
+    assert note.endswith("what ran here is the graph of 250 <= t < 500.")
     assert "t < 250: 6; 250 <= t < 500: 6; 500 <= t < 750: 6; 750 <= t: 6.33 (3 graphs, " in note
     assert {site.fqn: site.done for site in report.sites if site.done} == asked(recipe(), 1)
     assert report.to_dict()["ranges"][0]["edges"] == EDGES

@@ -107,7 +107,7 @@ class RangesReport:
         told = zip(range_names(self.edges), self.weight_bits, strict=True)
         bits = "; ".join(f"{name}: {value:.3g}" for name, value in told)
         return (
-            f"bits of a weight by range of the timestep: {bits} ({len(set(self.graphs))} graphs, "
+            f"Bits of a weight by range of the timestep: {bits} ({len(set(self.graphs))} graphs, "
             f"{self.bytes_packed:,} bytes of packed weights for all of them)"
         )
 
@@ -140,7 +140,7 @@ class CompileReport:
             for entry in self.sites
         ]
         lines += [f"refused: {reason}" for reason in self.rejects]
-        lines += [] if self.ranges is None else [f"{self.ranges}; this graph is of {self.told_ranges()}"]
+        lines += [] if self.ranges is None else [self.told_ranges()]
         return "\n".join(lines)
 
     def average_weight_bits(self) -> float:
@@ -155,9 +155,12 @@ class CompileReport:
         return bits / weights if weights else 0.0
 
     def told_ranges(self) -> str:
-        """Which ranges this graph is for, in words."""
-        names = range_names(self.ranges.edges) if self.ranges is not None else []
-        return " and ".join(names[index] for index in self.in_ranges)
+        """The bits of all ranges of the timestep, and which of them this graph runs; "" without ranges."""
+        if self.ranges is None:
+            return ""
+        names = range_names(self.ranges.edges)
+        own = " and ".join(names[index] for index in self.in_ranges)
+        return f"{self.ranges}; what ran here is the graph of {own}"
 
     def site(self, fqn: str) -> SiteReport:
         """The report of the site with this module path. Raises KeyError when there is none."""

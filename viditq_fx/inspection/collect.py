@@ -219,9 +219,8 @@ def explain(
     traced = None
     if isinstance(model, nn.Module) and not _is_compiled(model):
         if graphs:  # before it is compiled: releasing its weights would leave nothing to trace
-            traced = trace(
-                plain, args, kwargs, options_of_call(plain, args, kwargs, split_options(options)[0])
-            )
+            ours = options_of_call(plain, args, kwargs, split_options(options)[0])
+            traced = trace(plain, args, kwargs, ours)
         compiled = torch.compile(model, backend="viditq", options=dict(options) if options else None)
     elif options:
         raise ViditqError(
@@ -290,11 +289,10 @@ def _gather(model: Any, ran: Sequence[Execution]) -> ExplainReport:
         passes=[trace for r in unique.values() for trace in r.passes],
     )
     sites, attention, declined = [], [], []
-    parted = [r for r in unique.values() if r.ranges is not None]
-    report.ranges = [r.ranges for r in parted if r.ranges is not None]
-    report.notes += [
-        f"{str(r.ranges).capitalize()}; this call ran those of {r.told_ranges()}." for r in parted
-    ]
+    for one in unique.values():
+        if one.ranges is not None:
+            report.ranges.append(one.ranges)
+            report.notes.append(f"{one.told_ranges()}.")
     for run in ran:
         made = [
             _explain_site(entry, run.weights.get(entry.weight or ""), names) for entry in run.report.sites
