@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.stress import stress_
-from viditq_fx.calibration.trial import rounded_weight
 from viditq_fx.demo.model import load_digits_dit
 from viditq_fx.demo.sampling import initial_noise
 from viditq_fx.ops.rotate import rotate, rotation_block, transform_weight
-from viditq_fx.ops.weight_forms import quantize_input
+from viditq_fx.ops.weight_forms import dequantize_weight, quantize_input, quantize_weight
 from viditq_fx.quality import sqnr_db
 from viditq_fx.scheme import QuantScheme
 
@@ -49,7 +48,9 @@ def errors(linear: nn.Linear, x_MK: Tensor) -> dict[str, float]:
     for name, turn in (("", 1), (" rotated", block)):
         x, w = rotate(x_MK, None, turn), transform_weight(linear.weight, None, turn)
         q, scale = quantize_input(x, SCHEME)
-        found["weight" + name] = sqnr_db(truth, x @ rounded_weight(w, SCHEME.weight_form).t())
+        form = SCHEME.weight_form
+        rounded = dequantize_weight(quantize_weight(w, form), w.shape[1], form, torch.float32)
+        found["weight" + name] = sqnr_db(truth, x @ rounded.t())
         found["input" + name] = sqnr_db(truth, (q.float() * scale) @ w.t())
     return found
 

@@ -106,7 +106,7 @@ def attends(option, dynamic=False, cc=90):
 )
 def test_int8_attention_runs_its_kernel(option, dynamic, name, scheme):
     code, attention = attends(option, dynamic)
-    assert (attention.kernel, attention.done) == (f"triton:{name} 128x128", scheme)
+    assert (attention.kernel.split()[0], attention.done) == (f"triton:{name}", scheme)
     body = code[code.index("def call") :]
     assert len(re.findall(r"attention_int8_kernel\w*\.run\(", body)) == 1
     (kernel,) = (item for item in kernel_sources(code).items() if item[0].startswith("attention_int8_kernel"))
