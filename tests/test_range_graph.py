@@ -1,6 +1,7 @@
 """Recipes with ranges of the timestep, compiled: each call runs its range's bits on integers, without recompiling."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -226,9 +227,11 @@ def test_what_cannot_choose_a_range_is_refused(without_inductor):
         torch.no_grad(),
     ):
         compiled(Timeless(), recipe(timestep="when", prefix="body.blocks.0."))(x, 5.0)
-    with torch.no_grad(), executions() as steps:  # plain recipes, and those of other sites, need no timestep
+    elsewhere = recipe(prefix="other.")
+    here = {"body.blocks.0.q": vq.SitePlan(scheme=vq.QuantScheme.parse("w8a8"))}
+    with torch.no_grad(), executions() as steps:  # plain recipes, and ranges of other sites, need no timestep
         compiled(Timeless(), inside.at_range(1))(x)
-        compiled(Timeless(), recipe(prefix="other."))(x)
+        compiled(Timeless(), replace(elsewhere, sites={**elsewhere.sites, **here}))(x)
     assert [one.report.ranges for one in steps] == [None, None]
     assert ran(steps[0]) == asked(inside, 1)
     with pytest.raises(
