@@ -1,6 +1,7 @@
 """Weight grids compared: error, seconds and memory of min-max, of BGR's bounds alone, and of BGR with either stop rule.
 
     PYTHONPATH=. python benchmarks/grids.py [--width 256] [--depth 3072] [--no-speed] [--out FILE]; then with --dense
+    and with --numpy: samples of numpy's default_rng(0), in the order above
 
 Synthetic weights: Gaussian; the same with 0.3% of the values times 6; Student-t of 4 degrees. Each at 4 and 8 bits, one
 grid a row and one for each 128 input channels. "mse" is |W - What|^2 / |W|^2 and "ratio" is the squared error over
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from cpu import _commit, _cpu  # the script beside this one
 from torch import Tensor
@@ -128,6 +130,22 @@ def squared_error(w: Tensor, bits: int, group: int, refinement: Refinement | Non
     return float((w.double() - near.double()).square().sum())
 
 
+def by_numpy(width: int, depth: int) -> list[dict[str, Any]]:
+    """Squared error over min-max's at 4 bits per row of three numpy samples, which others can draw too."""
+    random = np.random.default_rng(0)
+    gaussian = random.standard_normal((width, depth))
+    outliers = np.where(random.random((width, depth)) < 0.003, gaussian * 6, gaussian)
+    samples = {"gaussian": gaussian, "outliers": outliers, "student": random.standard_t(4, (width, depth))}
+    rows = []
+    for kind, sample in samples.items():
+        w = torch.from_numpy(sample.astype(np.float32))
+        base = squared_error(w, 4, 0, None)
+        ratios = {name: squared_error(w, 4, 0, METHODS[name]) / base for name in METHODS}
+        rows.append({"weights": kind, "min-max, groups": squared_error(w, 4, 128, None) / base, **ratios})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def large_in_this_process(method: str, group: int, threads: int) -> dict[str, Any]:
     """Seconds and memory of one large weight."""
     torch.set_num_threads(threads)
@@ -174,6 +192,7 @@ def main() -> int:
     parser.add_argument(
         "--dense", action="store_true", help="only compare with a dense search; added to --out"
     )
+    parser.add_argument("--numpy", action="store_true", help="only numpy's samples; added to --out")
     parser.add_argument("--large", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "grids.json")
     options = parser.parse_args()
@@ -183,9 +202,10 @@ def main() -> int:
             print(json.dumps(large_in_this_process(method, int(group), int(threads))))
             return 0
         torch.set_num_threads(1)
-        if options.dense:
+        if options.dense or options.numpy:
             record = json.loads(options.out.read_text(encoding="utf-8"))
-            record["dense"] = dense(options.width, options.depth)
+            name, measure = ("dense", dense) if options.dense else ("numpy", by_numpy)
+            record[name] = measure(options.width, options.depth)
             options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
             return 0
         rows = errors(options.width, options.depth)
