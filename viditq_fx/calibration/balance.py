@@ -80,8 +80,12 @@ def plan_transform(
     blocks = {"off": (1,), "on": (block,), "search": (1, block)}[options.rotation]
     alphas = {"off": (None,), "search": (None, *ALPHAS)}.get(str(options.balance), (options.balance,))
     note = f"; K={group.depth} has no power of 4 in it: not rotated" if block == 1 and blocks != (1,) else ""
+    # Found once: to merge the statistics of all steps for each candidate took longer than to try it.
+    peaks = None if alphas == (None,) else _uneven_peaks(group, buckets)
     candidates = [
-        _candidate(group, options, buckets, alpha, turn) for turn in sorted(set(blocks)) for alpha in alphas
+        _candidate(group.depth, options, peaks, alpha, turn)
+        for turn in sorted(set(blocks))
+        for alpha in alphas
     ]
     if len(candidates) == 1:
         _, only = candidates[0]
@@ -98,25 +102,30 @@ _KINDS = {
 """(balanced, rotated) -> what the reason calls it, in rising order of what it costs at every call."""
 
 
+def _uneven_peaks(group: Group, buckets: Sequence[Bucket]) -> tuple[Tensor, Tensor]:
+    """(max|X| of the bucket whose channels are least even, max|W|), each fp32 [K]."""
+    worst = max((group.at(bucket) for bucket in buckets), key=imbalance)
+    return worst.amax, group.weight_amax()
+
+
 def _candidate(
-    group: Group,
+    depth: int,
     options: CalibrationOptions,
-    buckets: Sequence[Bucket],
+    peaks: tuple[Tensor, Tensor] | None,
     alpha: str | float | None,
     rotation: int,
 ) -> tuple[str, Transform]:
     """(kind, transform)."""
     multiplier, words = None, []
     if alpha is not None:
-        worst = max((group.at(bucket) for bucket in buckets), key=imbalance)
-        scale_K = channel_scale(worst.amax, group.weight_amax(), float(alpha))
+        assert peaks is not None
+        scale_K = channel_scale(*peaks, float(alpha))
         multiplier = (1.0 / scale_K).to(torch.float32)
         words.append(f"balance at alpha {float(alpha):g}")
     if rotation > 1:
         words.append(f"rotation in blocks of {rotation}")
         if options.random_signs:
-            assert group.depth is not None
-            signs_K = random_signs(group.depth, options.seed)
+            signs_K = random_signs(depth, options.seed)
             multiplier = signs_K if multiplier is None else signs_K * multiplier
     reason = " and ".join(words) or "neither balance nor rotation"
     kind = _KINDS[alpha is not None, rotation > 1]

@@ -15,6 +15,7 @@ from torch import Tensor
 from viditq_fx.calibration.balance import Transform
 from viditq_fx.calibration.groups import Group
 from viditq_fx.calibration.ledger import InputKey
+from viditq_fx.calibration.statistics import cached_rows
 from viditq_fx.calibration.timesteps import Bucket, range_of
 from viditq_fx.errors import RecipeError
 from viditq_fx.ops.quantize import EPS
@@ -41,7 +42,10 @@ class RotatedRanges:
         if transform is None or not x.numel():
             return
         multiplier = None if transform.multiplier is None else transform.multiplier.to(x.device)
-        largest = rotate(x.detach(), multiplier, transform.rotation).abs().amax()
+        x_MK = x.detach().reshape(-1, key.depth)
+        # Piece by piece: a rotated fp32 copy of the widest input would be the run's largest activation.
+        pieces = (rotate(part, multiplier, transform.rotation) for part in cached_rows(x_MK))
+        largest = torch.stack([torch.maximum(part.amax(), -part.amin()) for part in pieces]).amax()
         if key not in self.largest:
             self.largest[key] = torch.zeros(len(self.edges) + 1, device=x.device)
         ranges = self.largest[key]

@@ -22,7 +22,12 @@ LOWEST_EXPONENT, HIGHEST_EXPONENT = -24, 40
 BINS = BINS_PER_OCTAVE * (HIGHEST_EXPONENT - LOWEST_EXPONENT)
 """Tokens are counted by their abs-max in bins 9% wide, from 2^-24 to 2^40; what lies outside is in the last ones."""
 _CACHED_ELEMENTS = 262144
-"""Rows are taken in pieces that stay in a CPU core's cache while six reductions read them."""
+
+
+def cached_rows(x_MK: Tensor) -> tuple[Tensor, ...]:
+    """x [M, K] in pieces that a CPU core's cache holds while several reductions read them; whole on other devices."""
+    fits = _CACHED_ELEMENTS // x_MK.shape[1]
+    return x_MK.split(max(1, fits)) if x_MK.device.type == "cpu" else (x_MK,)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,18 +91,31 @@ class Statistics:
 
     def add(self, x_MK: Tensor) -> None:
         """Count the rows of x_MK [M, K], of any float dtype; at least one."""
-        step = max(1, _CACHED_ELEMENTS // x_MK.shape[1]) if x_MK.device.type == "cpu" else x_MK.shape[0]
-        for part in x_MK.split(step):
-            self._add_piece(part.to(torch.float32))
-        self.count += x_MK.shape[0]
+        rows, depth = x_MK.shape
+        parts = cached_rows(x_MK)
+        # Pieces only reduce, into one row of these each: what is made of them is made once for all.
+        low_PK, high_PK, total_PK, square_PK = torch.empty(4, len(parts), depth, device=x_MK.device)
+        low_M, high_M = torch.empty(2, rows, device=x_MK.device)
+        scratch_MK = torch.empty(len(parts[0]), depth, device=x_MK.device)
+        first = 0
+        for index, part in enumerate(parts):
+            part = part.to(torch.float32)
+            here = slice(first, first := first + len(part))
+            torch.amin(part, 0, out=low_PK[index])
+            torch.amax(part, 0, out=high_PK[index])
+            torch.sum(part, 0, out=total_PK[index])
+            torch.sum(torch.mul(part, part, out=scratch_MK[: len(part)]), 0, out=square_PK[index])
+            torch.amin(part, 1, out=low_M[here])
+            torch.amax(part, 1, out=high_M[here])
+        torch.minimum(self.low, low_PK.amin(0), out=self.low)
+        torch.maximum(self.high, high_PK.amax(0), out=self.high)
+        self.total += total_PK.sum(0, dtype=torch.float64)
+        self.square += square_PK.sum(0, dtype=torch.float64)
+        self._count_tokens(torch.maximum(high_M, low_M.neg_()))
+        self.count += rows
 
-    def _add_piece(self, x_MK: Tensor) -> None:
-        """Count fp32 rows; in place, as this runs for every input of every call."""
-        torch.minimum(self.low, x_MK.amin(0), out=self.low)
-        torch.maximum(self.high, x_MK.amax(0), out=self.high)
-        self.total += x_MK.sum(0)
-        self.square += (x_MK * x_MK).sum(0)
-        amax_M = torch.maximum(x_MK.amax(1), x_MK.amin(1).neg_())
+    def _count_tokens(self, amax_M: Tensor) -> None:
+        """Count abs-maxima of rows; in place, as this runs for every input of every call."""
         torch.minimum(self.token_low, amax_M.amin(), out=self.token_low)
         # Eight bins for each power of two from 2^LOWEST_EXPONENT up; rows of zeros are at -inf.
         position = amax_M.log2_().sub_(LOWEST_EXPONENT).mul_(BINS_PER_OCTAVE)
