@@ -161,7 +161,7 @@ def record_of(
         "baseline": "the same sampling, eager fp32",
         "cpu": _cpu(),
         "threads": 1,
-        "load": "other work ran on the machine: CPU seconds are steadier than wall seconds",
+        "load": options.load,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
@@ -193,6 +193,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=10, help="samples in a call; guidance doubles its rows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--load", default="nothing else ran on the machine", help="said in the results")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     return parser.parse_args()
