@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from viditq_fx.calibration.kept import kept_zeros
+from viditq_fx.cpu_kernels import reduce_rows
 
 BINS_PER_OCTAVE = 8
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -24, 40
@@ -91,12 +92,23 @@ class Statistics:
 
     def add(self, x_MK: Tensor) -> None:
         """Count the rows of x_MK [M, K], of any float dtype; at least one."""
-        rows, depth = x_MK.shape
+        if x_MK.device.type == "cpu" and reduce_rows.unavailable() is None:
+            ranges = self.low, self.high, self.total, self.square
+            parts = (x_MK,) if x_MK.dtype == torch.float32 else cached_rows(x_MK)
+            amax_M = torch.cat([reduce_rows.reduce_rows(part.to(torch.float32), *ranges) for part in parts])
+        else:
+            amax_M = self._reduce(x_MK)
+        self._count_tokens(amax_M)
+        self.count += x_MK.shape[0]
+
+    def _reduce(self, x_MK: Tensor) -> Tensor:
+        """Count the channels of rows by torch's ops -> abs-maxima of the rows, fp32 [M]."""
         parts = cached_rows(x_MK)
+        (rows, depth), device = x_MK.shape, x_MK.device
         # Pieces only reduce, into one row of these each: what is made of them is made once for all.
-        low_PK, high_PK, total_PK, square_PK = torch.empty(4, len(parts), depth, device=x_MK.device)
-        low_M, high_M = torch.empty(2, rows, device=x_MK.device)
-        scratch_MK = torch.empty(len(parts[0]), depth, device=x_MK.device)
+        low_PK, high_PK, total_PK, square_PK = torch.empty(4, len(parts), depth, device=device)
+        low_M, high_M = torch.empty(2, rows, device=device)
+        scratch_MK = torch.empty(len(parts[0]), depth, device=device)
         first = 0
         for index, part in enumerate(parts):
             part = part.to(torch.float32)
@@ -111,8 +123,7 @@ class Statistics:
         torch.maximum(self.high, high_PK.amax(0), out=self.high)
         self.total += total_PK.sum(0, dtype=torch.float64)
         self.square += square_PK.sum(0, dtype=torch.float64)
-        self._count_tokens(torch.maximum(high_M, low_M.neg_()))
-        self.count += rows
+        return torch.maximum(high_M, low_M.neg_())
 
     def _count_tokens(self, amax_M: Tensor) -> None:
         """Count abs-maxima of rows; in place, as this runs for every input of every call."""
