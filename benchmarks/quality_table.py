@@ -33,11 +33,9 @@ def table(record: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _row(record: Mapping[str, Any], label: str, name: str) -> str:
     by_kind = [record["rows"][kind].get(name) for kind in KINDS]
-    some = next(found for found in by_kind if found is not None)
     cells = [label, "32 / 32"]
     if name != FP32:
-        inputs = "-".join(dict.fromkeys(f"{f['input_bits']:.3g}" for f in by_kind if f is not None))
-        cells = [label, f"{some['weight_bits']:g} / {inputs}"]
+        cells = [label, f"{_bits(by_kind, 'weight_bits')} / {_bits(by_kind, 'input_bits')}"]
     for kind, found in zip(KINDS, by_kind, strict=True):
         cells += ["", "", "", ""] if found is None else _figures(found, record["rows"][kind].get(FP32))
     if record["model"] == "video":
@@ -45,6 +43,11 @@ def _row(record: Mapping[str, Any], label: str, name: str) -> str:
             "" if found is None else f"{100 * mean_of(found['frame_difference']):+.1f}%" for found in by_kind
         ]
     return _line(cells)
+
+
+def _bits(by_kind: Sequence[Mapping[str, Any] | None], what: str) -> str:
+    """Average bits of the plain and the stressed model, once where they are alike."""
+    return "-".join(dict.fromkeys(f"{found[what]:.3g}" for found in by_kind if found is not None))
 
 
 def _figures(found: Mapping[str, Any], full: Mapping[str, Any] | None) -> list[str]:
