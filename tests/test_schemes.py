@@ -23,6 +23,8 @@ ERRORS = {
     "w6a6": 0.03,
     "w8a8-asym": 0.01,
     "w4a8-g128-asym-rot": 0.07,
+    "w4a8-g64-asym": 0.07,
+    "w4a4-g64-bgr-block": 0.1,
     "dvd-w4a8": 0.08,
     "dvd-w4a4": 0.1,
     "w4a4-bgr-svd16": 0.1,
@@ -55,7 +57,7 @@ def test_names_read_back(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["w4a8-g64", "w8a8-g128", "w4a8-asym-bgr", "w8a8-block", "w5a8", "fp8-rot", "w4a8-", "w4a4-block-static"],
+    ["w4a8-g32", "w8a8-g128", "w4a8-asym-bgr", "w8a8-block", "w5a8", "fp8-rot", "w4a8-", "w4a4-block-static"],
 )
 def test_what_is_no_scheme_says_what_is(name):
     with pytest.raises(SchemeError, match="g128"):

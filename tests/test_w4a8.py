@@ -26,7 +26,7 @@ from viditq_fx.quant_linear import QuantLinear
 from viditq_fx.runtime import executions
 from viditq_fx.scheme import QuantScheme, available_schemes
 
-SCHEMES = ("w4a8", "w4a8-g128")
+SCHEMES = ("w4a8", "w4a8-g128", "w4a8-g64")
 ERROR = 0.05
 needs_kernel = pytest.mark.skipif(int4_unavailable() is not None, reason=str(int4_unavailable()))
 
@@ -37,15 +37,23 @@ def compiled(model, scheme, **options):
 
 
 def test_names():
-    assert set(SCHEMES) < set(available_schemes())
-    for name in available_schemes():
+    assert set(SCHEMES[:2]) < set(available_schemes())
+    for name in (
+        *available_schemes(),
+        *SCHEMES,
+        "w4a8-g64-bgr-rot",
+        "w4a8-g64-asym-static",
+        "w4a4-g64-block-svd16",
+    ):
         assert str(QuantScheme.parse(name)) == name
-    for wrong in ("w4a8-g64", "w8a8-g128", "w4a8-"):
+    for wrong in ("w4a8-g32", "w8a8-g128", "w8a8-g64", "w4a8-g64-g128", "w4a8-"):
         with pytest.raises(SchemeError, match="w4a8-g128"):
             QuantScheme.parse(wrong)
 
 
-@pytest.mark.parametrize("scheme", [SCHEMES[0], pytest.param(SCHEMES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "scheme", [SCHEMES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMES[1:])]
+)
 def test_compiled_is_what_modules_compute(scheme):
     model, inputs = tiny_dit(1), tiny_inputs()
     with torch.no_grad():
@@ -95,7 +103,7 @@ def test_graph_has_packed_inputs_and_joined_projections(scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "share"), [("w4a8", 0.27), ("w4a8-g128", 0.28)])
+@pytest.mark.parametrize(("scheme", "share"), [("w4a8", 0.27), ("w4a8-g128", 0.28), ("w4a8-g64", 0.29)])
 def test_bytes_against_bf16(scheme, share):
     linear = nn.Linear(1152, 1024, bias=False).requires_grad_(False).bfloat16()
     x, full = torch.randn(40, 1152).bfloat16(), 2 * 1152 * 1024
