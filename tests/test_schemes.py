@@ -23,8 +23,6 @@ ERRORS = {
     "w6a6": 0.03,
     "w8a8-asym": 0.01,
     "w4a8-g128-asym-rot": 0.07,
-    "w4a8-g64-asym": 0.07,
-    "w4a4-g64-bgr-block": 0.1,
     "dvd-w4a8": 0.08,
     "dvd-w4a4": 0.1,
     "w4a4-bgr-svd16": 0.1,
@@ -49,7 +47,16 @@ def recipe(scheme, **fields):
     return Recipe(scheme=QuantScheme.parse(scheme), sites=sites, edges=(500.0,), timestep="timestep")
 
 
-@pytest.mark.parametrize("name", [*available_schemes(), "w4a4", "w8a8-static", "w6a8-asym-rot-timestep"])
+READ_BACK = [
+    "w4a4",
+    "w8a8-static",
+    "w6a8-asym-rot-timestep",
+    "w4a8-g64-asym-static",
+    "w4a4-g64-bgr-rot-block-svd16",
+]
+
+
+@pytest.mark.parametrize("name", [*available_schemes(), *READ_BACK])
 def test_names_read_back(name):
     assert str(QuantScheme.parse(name)) == name
     assert QuantScheme.parse(name.upper()) == QuantScheme.parse(name)
