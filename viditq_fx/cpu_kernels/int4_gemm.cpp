@@ -205,15 +205,15 @@ inline void multiply_run(const Problem& p, const int8_t* x, const uint8_t* w, co
 
 // One half of the bytes with groups. As H is a multiple of 64, a run that lies in one group is 64 or 128 bytes; with
 // groups of 64 each is 64.
-template <bool HIGH, int M, int N>
+template <bool HIGH, int64_t GROUP, int M, int N>
 inline void multiply_groups(const Problem& p, const int8_t* x, const uint8_t* w, int64_t m0, int64_t n0,
                             Floats (&acc)[M][N]) {
   const int64_t first = HIGH ? p.half : 0;
   for (int64_t j = 0; j < p.half;) {
     const int64_t k = first + j, block = std::min(k / BLOCK, p.blocks - 1);  // past the last K all weights are zero
-    const int64_t group = p.group == BLOCK ? block : std::min(k / (BLOCK / 2), p.groups - 1);
+    const int64_t group = GROUP == BLOCK ? block : std::min(k / GROUP, p.groups - 1);
     const GroupScales<M, N> s(p, m0, n0, group, block);
-    if (p.group == BLOCK && k % BLOCK == 0 && j + BLOCK <= p.half) {
+    if (GROUP == BLOCK && k % BLOCK == 0 && j + BLOCK <= p.half) {
       multiply_run<HIGH, BLOCK / BYTES>(p, x, w, s, j, acc);
       j += BLOCK;
     } else {
@@ -239,8 +239,13 @@ void tile(const Problem& p, const int8_t* x, const int32_t* sums, int64_t m0, in
   Floats acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = no_floats();
-  multiply_groups<false>(p, x, w, m0, n0, acc);
-  multiply_groups<true>(p, x, w, m0, n0, acc);
+  if (p.group == BLOCK) {
+    multiply_groups<false, BLOCK>(p, x, w, m0, n0, acc);
+    multiply_groups<true, BLOCK>(p, x, w, m0, n0, acc);
+  } else {
+    multiply_groups<false, BLOCK / 2>(p, x, w, m0, n0, acc);
+    multiply_groups<true, BLOCK / 2>(p, x, w, m0, n0, acc);
+  }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) out[m * p.width + n] = total(acc[m][n]);
 }
