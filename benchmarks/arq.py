@@ -35,15 +35,15 @@ from viditq_fx.ops.quantize import dequantize_per_token, quantize_per_token
 from viditq_fx.ops.rotate import rotate, rotate_quantize, rotation_block, transform_weight
 from viditq_fx.ops.static_scale import dequantize_per_block
 from viditq_fx.quality import sqnr_db
-from viditq_fx.scheme import GROUP
+from viditq_fx.scheme import BLOCK
 
 BITS = 4
 
 
 def by_block(x: Tensor, block: int) -> Tensor:
     """What `linear_w4a4` reads, dequantized."""
-    q, scale = rotate_quantize(x, None, block, BITS, GROUP)
-    return dequantize_per_block(q, scale, GROUP, torch.float32)
+    q, scale = rotate_quantize(x, None, block, BITS, BLOCK)
+    return dequantize_per_block(q, scale, BLOCK, torch.float32)
 
 
 def by_token(x: Tensor, block: int) -> Tensor:

@@ -3,11 +3,11 @@
     PYTHONPATH=. python benchmarks/gpu.py [--sweep] [--write-tuned] [--only flux] [--minutes 7] [--dry-run]
 
 Nothing is timed unless the kernel is exact on this device: every int32 sum equal to an fp64 matrix
-product, for odd shapes, M = 1..17 and every config. The other schemes (w4a8, w4a8-g128, w4a8 and w4a4 with input
-scales of blocks, fp8) and the variants of the kernel (split-K, persistent, TMA) are checked in the same way, and one
-that is wrong is left out alone. Methods of one shape are timed in rotation, each as a CUDA graph of several calls over
-rotating operands (more than L2 holds), so that neither launch cost nor a warm cache nor the clock favours one. The
-result file is rewritten after every shape.
+product, for odd shapes, M = 1..17 and every config. The other schemes (w4a8, w4a8 and w4a4 with input scales of
+blocks, each with weight groups of 128, of 64 and without; fp8) and the variants of the kernel (split-K, persistent,
+TMA) are checked in the same way, and one that is wrong is left out alone. Methods of one shape are timed in rotation,
+each as a CUDA graph of several calls over rotating operands (more than L2 holds), so that neither launch cost nor a
+warm cache nor the clock favours one. The result file is rewritten after every shape.
 """
 
 from __future__ import annotations

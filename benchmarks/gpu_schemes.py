@@ -15,7 +15,7 @@ from viditq_fx.ops import LINEAR_W4A4, LINEAR_W4A8_BLOCK, PACK_INT4, QUANTIZE_PE
 from viditq_fx.ops.fp8 import E4M3
 from viditq_fx.ops.pack import pack_int4
 from viditq_fx.ops.weight_forms import Stored, linear_of, quantize_input, quantize_weight
-from viditq_fx.scheme import GROUP, QuantScheme
+from viditq_fx.scheme import BLOCK, GROUPS, QuantScheme
 from viditq_fx.triton_templates import linear_fp8, linear_w4_block, linear_w4a8
 from viditq_fx.triton_templates.base import GemmConfig, KernelTemplate, architecture
 
@@ -26,6 +26,8 @@ class SchemeKernel:
 
     template: KernelTemplate
     launch: Callable[..., Tensor]
+    group: int | None = None
+    """Input channels that share a scale of the weight; None for one scale an output channel."""
     block_bits: int | None = None
     """Bits of an input that has a scale for each token and block of K; None for one scale a token."""
 
@@ -34,24 +36,24 @@ class SchemeKernel:
         """Whether inputs are two to a byte."""
         return self.block_bits == 4
 
-    @property
-    def grouped(self) -> bool:
-        """Whether weights have a scale for each group of input channels."""
-        return self.template.name.endswith(f"_g{GROUP}")
 
-
-def _blocks(template: KernelTemplate, bits: int) -> SchemeKernel:
-    return SchemeKernel(template=template, launch=linear_w4_block.launch, block_bits=bits)
+def _by_group(
+    name: str, templates: Sequence[KernelTemplate], launch: Callable[..., Tensor], bits: int | None = None
+) -> dict[str, SchemeKernel]:
+    """A scheme without groups, then with those of each size."""
+    return {
+        f"{name}{f'-g{group}' if group else ''}": SchemeKernel(
+            template=template, launch=launch, group=group, block_bits=bits
+        )
+        for template, group in zip(templates, (None, *GROUPS), strict=True)
+    }
 
 
 SCHEMES = {
-    "w4a8": SchemeKernel(template=linear_w4a8.TEMPLATE, launch=linear_w4a8.launch),
-    f"w4a8-g{GROUP}": SchemeKernel(template=linear_w4a8.TEMPLATE_GROUPED, launch=linear_w4a8.launch),
+    **_by_group("w4a8", linear_w4a8.TEMPLATES, linear_w4a8.launch),
     # Input scales of blocks: no scheme of the backend yet, so named by their ops.
-    "w4a8-block": _blocks(linear_w4_block.W4A8_BLOCK, 8),
-    f"w4a8-block-g{GROUP}": _blocks(linear_w4_block.W4A8_BLOCK_GROUPED, 8),
-    "w4a4": _blocks(linear_w4_block.W4A4, 4),
-    f"w4a4-g{GROUP}": _blocks(linear_w4_block.W4A4_GROUPED, 4),
+    **_by_group("w4a8-block", linear_w4_block.W4A8_BLOCK, linear_w4_block.launch, 8),
+    **_by_group("w4a4", linear_w4_block.W4A4, linear_w4_block.launch, 4),
     "fp8": SchemeKernel(template=linear_fp8.TEMPLATE, launch=linear_fp8.launch),
 }
 FP8_PEER = "fp8 GEMM only, cuBLASLt row-wise"
@@ -89,15 +91,14 @@ def exact_operands(
     if scheme == "fp8":
         stored: Tensor = w.float().to(E4M3)
         return (x.float().to(E4M3), scale_M, stored, scale_N, None, torch.float32), x_f64 @ w_f64.t()
-    groups = -(-depth // GROUP)
     w[::3, ::5] = -8
     w_f64 = w.double()
-    if kernel.grouped:  # powers of two, so that fp32 adds the groups exactly
-        scale_N = torch.stack([scale_N * 2.0 ** -(g % 4) for g in range(groups)])
-        w_f64 *= scale_N.double().t().repeat_interleave(GROUP, dim=1)[:, :depth]
+    if kernel.group:  # powers of two, so that fp32 adds the groups exactly
+        scale_N = torch.stack([scale_N * 2.0 ** -(g % 4) for g in range(-(-depth // kernel.group))])
+        w_f64 *= scale_N.double().t().repeat_interleave(kernel.group, dim=1)[:, :depth]
     if kernel.block_bits:
-        scale_M = torch.cat([scale_M * 2.0 ** -(g % 3) for g in range(groups)], dim=1)
-        x_f64 *= scale_M.double().repeat_interleave(GROUP, dim=1)[:, :depth]
+        scale_M = torch.cat([scale_M * 2.0 ** -(g % 3) for g in range(-(-depth // BLOCK))], dim=1)
+        x_f64 *= scale_M.double().repeat_interleave(BLOCK, dim=1)[:, :depth]
     args = (pack_int4(x) if kernel.packed else x, scale_M, pack_int4(w), scale_N, None, torch.float32)
     return (*args, depth) if kernel.packed else args, x_f64 @ w_f64.t()
 
@@ -133,7 +134,7 @@ def _weight_scheme(name: str) -> QuantScheme:
     kernel = SCHEMES[name]
     if kernel.block_bits is None:
         return QuantScheme.parse(name)
-    return QuantScheme.parse(f"w4a8-g{GROUP}" if kernel.grouped else "w4a8")
+    return QuantScheme.parse(f"w4a8-g{kernel.group}" if kernel.group else "w4a8")
 
 
 def _weight(name: str, w: Tensor) -> Stored:
@@ -144,7 +145,7 @@ def _input(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     kernel = SCHEMES[name]
     if kernel.block_bits is None:
         return quantize_input(x, _weight_scheme(name))
-    x_q, x_scale = QUANTIZE_PER_BLOCK.overload(x, kernel.block_bits, GROUP)
+    x_q, x_scale = QUANTIZE_PER_BLOCK.overload(x, kernel.block_bits, BLOCK)
     return PACK_INT4.overload(x_q) if kernel.packed else x_q, x_scale
 
 
@@ -179,7 +180,7 @@ def quantized_operands(name: str, operands: Sequence[Any]) -> list[tuple[Tensor,
 
 def _gemm_only(name: str, shape: Shape, operands: Sequence[Any]) -> Callable[[int], Callable[[], Any]]:
     kernel, given = SCHEMES[name], quantized_operands(name, operands)
-    config = kernel.template.candidates(replace(problem(shape), grouped=kernel.grouped))[0]
+    config = kernel.template.candidates(replace(problem(shape), group=kernel.group))[0]
     depth = (shape.depth,) if kernel.packed else ()
     return lambda i: lambda: kernel.launch(*given[i], torch.bfloat16, *depth, config=config)
 

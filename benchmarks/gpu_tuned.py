@@ -59,7 +59,7 @@ def candidates(
         ]
         return [*found, _extern(LINEAR_W8A8, EXTERN, viditq_int_mm_linear)]
     kernel = SCHEMES[scheme]
-    given = replace(shape, grouped=kernel.grouped)
+    given = replace(shape, group=kernel.group)
     found = _launched(kernel.template, kernel.launch, given, (shape.depth,) if kernel.packed else ())
     if scheme == "fp8" and why_no_scaled_mm(given, torch.bfloat16) is None:
         found.append(_extern(LINEAR_W8A8_FP8, "extern:scaled_mm", viditq_scaled_mm_linear))

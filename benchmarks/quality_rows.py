@@ -1,7 +1,8 @@
 """The rows of `quality.py`: which method runs at which bits, and how it is asked for.
 
 A row is a scheme, what calibration does first (if anything), and options of the backend. Weights are asymmetric, a
-scale and a zero point for each output channel, as in both papers, unless BGR refines them.
+scale and a zero point for each output channel, as in both papers, unless BGR refines them or groups share
+them (-g64).
 """
 
 from __future__ import annotations
@@ -119,7 +120,19 @@ def rows() -> list[Row]:
         _switched("alternating", D="alternating"),
         _switched("random", D="random"),
     ]
-    ordered = [static, w4a8[0], scaled, w4a8[2], both, w4a8[4], w4a8[1], w4a8[3]]
+    groups = [
+        Row(
+            name=f"w4a8-g64-{key}",
+            scheme=scheme,
+            labels={"B": f"W4A8-g64 {title}"},
+            calibration={"balance": "search", "rotation": "search"},
+        )
+        for key, title, scheme in (
+            ("viditq", "ViDiT-Q", "w4a8-g64-asym"),
+            ("bgr-viditq", "BGR ViDiT-Q", "w4a8-g64-bgr"),
+        )
+    ]
+    ordered = [static, w4a8[0], scaled, w4a8[2], both, w4a8[4], w4a8[1], w4a8[3], *groups]
     ordered += [_plain("dvd-w4a8", C="W4A8 DVD-Quant"), *w4a4, *parts, *_four("w8a8", {"B": ""}), *gbs]
     return [*ordered, *schedules, *mixed, *_four("w6a6", {"B": ""}), *_four("w4a6", {"C": ""})]
 

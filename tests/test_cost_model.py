@@ -132,6 +132,16 @@ def test_zero_points_and_the_branch_take_what_their_kernels_move(scheme, plain, 
     assert found[0] - found[1] == pytest.approx(moved / RATE + launches * LAUNCH_US, rel=1e-6)
 
 
+@pytest.mark.parametrize("plain", ["w4a8-g64", "w4a8-g64-block"])
+def test_groups_of_64_are_summed_apart_from_the_blocks_of_the_input(plain):
+    """Twice as many sums as with groups of 128, and no quantize adds them up: its blocks are of 128."""
+    p = problem(M, K, N)
+    found = [quantized_us(p, QuantScheme.parse(name), H200, fused=True) for name in (f"{plain}-asym", plain)]
+    kernels = (M * K + 8 * M * G) / RATE + 24 * G * N / RATE + 2 * LAUNCH_US
+    products = full_us(problem(M, 2 * G, N, torch.float32), H200)
+    assert found[0] - found[1] == pytest.approx(kernels + products, rel=1e-6)
+
+
 def test_an_epilogue_that_reads_more_tells_where_memory_is_waited_for():
     rows, width = 16, 132 * 128  # a tile for each multiprocessor
     p = problem(rows, K, width)

@@ -40,7 +40,7 @@ def test_names():
     assert set(SCHEMES) < set(available_schemes())
     for name in available_schemes():
         assert str(QuantScheme.parse(name)) == name
-    for wrong in ("w4a8-g64", "w8a8-g128", "w4a8-"):
+    for wrong in ("w4a8-g32", "w8a8-g128", "w8a8-g64", "w4a8-g64-g128", "w4a8-"):
         with pytest.raises(SchemeError, match="w4a8-g128"):
             QuantScheme.parse(wrong)
 
@@ -95,7 +95,7 @@ def test_graph_has_packed_inputs_and_joined_projections(scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "share"), [("w4a8", 0.27), ("w4a8-g128", 0.28)])
+@pytest.mark.parametrize(("scheme", "share"), [("w4a8", 0.27), ("w4a8-g128", 0.28), ("w4a8-g64", 0.29)])
 def test_bytes_against_bf16(scheme, share):
     linear = nn.Linear(1152, 1024, bias=False).requires_grad_(False).bfloat16()
     x, full = torch.randn(40, 1152).bfloat16(), 2 * 1152 * 1024

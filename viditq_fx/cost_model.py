@@ -2,7 +2,7 @@
 
     gemm     = max(tiles in waves x work of one tile / rate, bytes / bandwidth) + launch
     quantize = (bytes read + written) / bandwidth + launch, where its input's producer cannot take it in; else 0
-    zero points: sums of the input's integers, and with groups an fp32 GEMM of them [M, K / 128] x [K / 128, N]
+    zero points: sums of the input's integers, and with groups of g an fp32 GEMM of them [M, K / g] x [K / g, N]
     low-rank branch: two thin GEMMs, [M, K] x [K, r] and [M, r] x [r, N]
 
 What the last two add is which kernels Inductor generates for `ops/zero_point.py` and `ops/low_rank.py` on CUDA.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from viditq_fx.scheme import GROUP, QuantScheme
+from viditq_fx.scheme import BLOCK, QuantScheme
 
 LAUNCH_US = 2.0
 """From the end of one kernel to the end of an empty one behind it on the same stream. Assumed: CUDA graphs do better,
@@ -30,10 +30,10 @@ a stream that Python feeds worse."""
 BANDWIDTH_REACH = 0.8
 """Share of the data sheet's bandwidth that an elementwise kernel reaches. Assumed; e.g. 4.0 of H200's 4.8 TB/s."""
 SCHEME_RATE: Mapping[tuple[int, int | None], float] = MappingProxyType(
-    {(8, None): 1.0, (4, None): 0.85, (4, GROUP): 0.6}
+    {(8, None): 1.0, (4, None): 0.85, (4, 128): 0.6, (4, 64): 0.55}
 )
 """(bits of a stored weight, group or block) -> rate relative to w8a8's. Assumed: unpacking takes ALU slots, scales
-along K halve the tiles."""
+along K halve the tiles, and groups of 64 fit no tile that is deeper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +193,11 @@ def _zero_point_us(problem: Problem, scheme: QuantScheme, device: Device) -> tup
     """(what linears with one input share, what each takes) of kernels beside the GEMM: the zero points' correction."""
     if scheme.grid is None:
         return 0.0, 0.0
-    groups = -(-problem.depth // GROUP)
+    groups = -(-problem.depth // (scheme.group or scheme.block or BLOCK))
     parts = groups if scheme.group or scheme.block else 1
     # Inductor's quantize adds up too, over the part of a row that has one scale; behind a rotation it is ours, which
-    # does not: then, and where weights alone have groups, the integers are read once more.
-    again = scheme.rotate or (scheme.group is not None and scheme.block is None)
+    # does not: then, and where weights alone have groups or smaller ones, the integers are read once more.
+    again = scheme.rotate or (scheme.group is not None and scheme.group != scheme.block)
     sums = 4 * problem.rows * parts
     shared = _moving_us(sums + (problem.rows * problem.depth if again else 0), device)
     shared += LAUNCH_US if again else 0.0

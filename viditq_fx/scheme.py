@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 from viditq_fx.errors import SchemeError
 
-GROUP = 128
-"""Input channels that share one weight scale where a scheme has groups; the last group may be shorter."""
+BLOCK = 128
+"""Channels of a token that share one input scale where a scheme has blocks; the last block may be shorter."""
+GROUPS = (128, 64)
+"""Input channels that may share one weight scale where a scheme has groups, widest first; the last group may be
+shorter. Each divides BLOCK, so that a group has one input scale."""
 INT4_MULTIPLE = 128
 """K of 4-bit weights is padded to this: each half of a row is then a whole number of 64-byte tiles."""
 ZERO_BITS = 4
@@ -63,6 +66,20 @@ class WeightForm:
         return width * (self.stored_width(depth) + (4 + zero) * groups) + branch
 
 
+def group_of(scales: int, depth: int) -> int | None:
+    """Input channels that share one of the `scales` of an output channel of K = `depth`; None: no number of GROUPS.
+
+    The one place where the size of a stored weight's groups is read off its scales [G, N]. One that holds all of K is
+    called the widest.
+    """
+    return next((group for group in GROUPS if -(-depth // group) == scales), None)
+
+
+def group_shapes(width: int, depth: int) -> tuple[tuple[int, int], ...]:
+    """The shapes [G, N] that scales of groups of a weight [N, K] = [width, depth] may have."""
+    return tuple(dict.fromkeys((-(-depth // group), width) for group in GROUPS))
+
+
 def half_width(depth: int) -> int:
     """Bytes of a row of K = `depth` 4-bit weights: half of K, padded to INT4_MULTIPLE."""
     return -(-depth // INT4_MULTIPLE) * (INT4_MULTIPLE // 2)
@@ -76,7 +93,7 @@ class QuantScheme:
     `group` input channels of each output channel [ceil(K / group), N]. 6-bit weights take a byte each in memory.
     Inputs [..., K] -> int8 [..., K], one fp32 scale per token [..., 1], found at run time (ViDiT-Q section 4.1).
 
-        -g128      a weight scale for each 128 input channels
+        -g128, -g64   a weight scale for each 128 or 64 input channels
         -asym      weights with an integer zero point, w ~= s * (q - z), by min and max of a row
         -bgr       the same, its grid refined to the row's least squares (DVD-Quant section 3.2)
         -rot       input and weight rotated by a blocked Hadamard matrix first (QuaRot; ViDiT-Q section 4.2)
@@ -128,11 +145,11 @@ class QuantScheme:
                 return "fp8 is taken as it is"
         elif self.weight_bits not in WEIGHT_BITS or self.input_bits not in INPUT_BITS:
             return f"weights have {WEIGHT_BITS} bits and inputs {INPUT_BITS}"
-        if self.group not in (None, GROUP) or (self.group and not four):
-            return f"groups are of {GROUP} channels and for 4-bit weights"
+        if self.group not in (None, *GROUPS) or (self.group and not four):
+            return "groups are of " + " or ".join(map(str, GROUPS)) + " channels and for 4-bit weights"
         if self.grid not in (None, "minmax", "bgr"):
             return f"grid {self.grid!r} is not known"
-        if self.block not in (None, GROUP) or (self.block and not (four and self.input_bits in (4, 8))):
+        if self.block not in (None, BLOCK) or (self.block and not (four and self.input_bits in (4, 8))):
             return "scales for blocks of the input are for w4a8 and w4a4"
         if self.rank not in (0, 16, 32) or (self.rank and not four):
             return "a branch of rank 16 or 32 is for 4-bit weights"
@@ -202,11 +219,11 @@ class QuantScheme:
 
 
 _SUFFIXES: dict[str, dict[str, object]] = {
-    f"g{GROUP}": {"group": GROUP},
+    **{f"g{group}": {"group": group} for group in GROUPS},
     "asym": {"grid": "minmax"},
     "bgr": {"grid": "bgr"},
     "rot": {"rotate": True},
-    "block": {"block": GROUP},
+    "block": {"block": BLOCK},
     "svd16": {"rank": 16},
     "svd32": {"rank": 32},
     "static": {"input_range": "static"},
@@ -222,7 +239,7 @@ def _nearest(text: str) -> str:
 
 def available_schemes() -> tuple[str, ...]:
     """Schemes in common use that need no calibration; `QuantScheme.parse` accepts other combinations too."""
-    return ("w8a8", "w8a7", "w6a6", "w4a8", f"w4a8-g{GROUP}", "w4a8-rot", "dvd-w4a8", "dvd-w4a4", "fp8")
+    return ("w8a8", "w8a7", "w6a6", "w4a8", f"w4a8-g{GROUPS[0]}", "w4a8-rot", "dvd-w4a8", "dvd-w4a4", "fp8")
 
 
 def largest_int(bits: int) -> int:

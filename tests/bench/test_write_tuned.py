@@ -20,7 +20,7 @@ def gpu_tuned():
     return gpu_tuned
 
 
-def problem(rows, grouped=False):
+def problem(rows, group=None):
     return LinearProblem(
         rows=rows,
         width=3072,
@@ -28,7 +28,7 @@ def problem(rows, grouped=False):
         out_dtype=torch.bfloat16,
         capability=(9, 0),
         processors=132,
-        grouped=grouped,
+        group=group,
     )
 
 
@@ -36,18 +36,18 @@ def problem(rows, grouped=False):
 @pytest.mark.parametrize(
     ("timed", "scheme"),
     [
-        *((name, name) for name in ("w8a8", "w4a8", "w4a8-g128", "fp8")),
+        *((name, name) for name in ("w8a8", "w4a8", "w4a8-g128", "w4a8-g64", "fp8")),
         ("w4a8-block", "w4a8-block"),
         ("w4a4-g128", "w4a4-g128-block"),
     ],
 )
 def test_all_that_the_lowering_could_choose_is_timed(gpu_tuned, timed, scheme, rows):
-    grouped, op = "-g" in scheme, linear_of(QuantScheme.parse(scheme))
+    group, op = QuantScheme.parse(scheme).group, linear_of(QuantScheme.parse(scheme))
     route = ROUTES[op.overload]
-    configs, _ = _configs(route.templates, route.templates, problem(rows, grouped))
+    configs, _ = _configs(route.templates, route.templates, problem(rows, group))
     found = gpu_tuned.candidates(timed, problem(rows))
     assert sorted(c.kernel for c in found) == sorted([*configs, *filter(None, [route.extern_name])])
-    assert {c.op for c in found} == {op.name + "-g128" * grouped}
+    assert {c.op for c in found} == {op.name + (f"-g{group}" if group else "")}
 
 
 def shape(rows, **times):

@@ -24,13 +24,15 @@ from viditq_fx.triton_templates import linear_fp8, linear_w4a8
 pytestmark = pytest.mark.slow
 BF16 = torch.bfloat16
 CASES = [(scheme, cc) for scheme in ("w4a8", "w4a8-g128") for cc in (80, 89, 90, 100)]
+CASES += [("w4a8-g64", 80), ("w4a8-g64", 90)]
 CASES += [("fp8", cc) for cc in (89, 90, 100)]
 TEMPLATES = {
     "w4a8": "linear_w4a8",
     "w4a8-g128": "linear_w4a8_g128",
+    "w4a8-g64": "linear_w4a8_g64",
     "fp8": "linear_w8a8_fp8",
 }
-POINTERS = {"w4a8": "'*u8'", "w4a8-g128": "'*u8'", "fp8": "'*fp8e4nv'"}
+POINTERS = {**dict.fromkeys(("w4a8", "w4a8-g128", "w4a8-g64"), "'*u8'"), "fp8": "'*fp8e4nv'"}
 """Types of the weight as it is stored."""
 
 
@@ -133,7 +135,15 @@ def test_symbolic_tokens():
 
 @pytest.mark.parametrize(
     ("scheme", "cc"),
-    [("w4a8", 90), ("w4a8-g128", 90), ("w4a8", 80), ("w4a8-g128", 80), ("w4a8-asym", 90), ("fp8", 90)],
+    [
+        ("w4a8", 90),
+        ("w4a8-g128", 90),
+        ("w4a8", 80),
+        ("w4a8-g128", 80),
+        ("w4a8-g64-asym", 90),
+        ("w4a8-asym", 90),
+        ("fp8", 90),
+    ],
 )
 def test_generated_code_computes_the_reference(scheme, cc, tmp_path):
     """The whole wrapper in Triton's interpreter: ragged M, N and K, swapped tiles (sm_90) and plain ones."""
@@ -150,7 +160,7 @@ def test_generated_code_computes_the_reference(scheme, cc, tmp_path):
 
 
 def declined(monkeypatch):
-    for template in (linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED, linear_fp8.TEMPLATE):
+    for template in (*linear_w4a8.TEMPLATES, linear_fp8.TEMPLATE):
         monkeypatch.setitem(template.__dict__, "supports", lambda problem: "declined for the test")
 
 

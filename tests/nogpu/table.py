@@ -44,8 +44,7 @@ GEMMS = (
     (linear_w8a8_split_k.TEMPLATE, linear_w8a8_split_k.linear_w8a8_split_k_kernel, "*i8", "*i8"),
     (linear_w8a8_persistent.TEMPLATE, linear_w8a8_persistent.linear_w8a8_persistent_kernel, "*i8", "*i8"),
     (linear_w8a8_tma.TEMPLATE, linear_w8a8_tma.linear_w8a8_tma_kernel, "*i8", "*i8"),
-    (linear_w4a8.TEMPLATE, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
-    (linear_w4a8.TEMPLATE_GROUPED, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8"),
+    *((t, linear_w4a8.linear_w4a8_kernel, "*i8", "*u8") for t in linear_w4a8.TEMPLATES),
     *(
         (t, linear_w4_block.linear_w4_block_kernel, "*u8" if t.depth_of == "argument" else "*i8", "*u8")
         for t in linear_w4_block.TEMPLATES

@@ -16,7 +16,7 @@ from viditq_fx.ops.linear_w4_block import linear_w4a4, linear_w4a8_block
 from viditq_fx.ops.linear_w4a8 import matmul_int4
 from viditq_fx.ops.pack import pack_int4
 from viditq_fx.ops.quantize import quantize_per_block
-from viditq_fx.scheme import GROUP
+from viditq_fx.scheme import BLOCK, GROUPS
 
 needs_kernel = pytest.mark.skipif(int4_unavailable() is not None, reason=str(int4_unavailable()))
 DEPTHS = [1, 33, 127, 128, 129, 192, 300, 1152, 2081]
@@ -25,17 +25,18 @@ FORMS = {"groups": (True, False), "blocks": (False, True), "both": (True, True)}
 
 
 def blocks_of(depth):
-    return -(-depth // GROUP)
+    return -(-depth // BLOCK)
 
 
 def widened(scale, depth):
-    """A scale for each block along the last axis -> one for each of K, in fp64."""
-    return scale.double().repeat_interleave(GROUP, dim=-1)[..., :depth]
+    """A scale for each block or group along the last axis -> one for each of K, in fp64."""
+    size = next(size for size in GROUPS if -(-depth // size) == scale.shape[-1])
+    return scale.double().repeat_interleave(size, dim=-1)[..., :depth]
 
 
 @st.composite
 def operands(draw, largest=127):
-    """(x int8 [M, K], s_MG, w int8 [N, K], s_GN): any integers, or the largest there are."""
+    """(x int8 [M, K], s_MG, w int8 [N, K], s_GN): any integers, or the largest there are; groups of either size."""
     rows, width, depth = draw(st.integers(1, 9)), draw(st.integers(1, 13)), draw(st.sampled_from(DEPTHS))
     gen, extreme = (
         torch.Generator().manual_seed(draw(st.integers(0, 2**31))),
@@ -46,7 +47,8 @@ def operands(draw, largest=127):
     if extreme:
         x, w = torch.full_like(x, extreme * largest), torch.full_like(w, -8)
     scale_MG = torch.rand(rows, blocks_of(depth), generator=gen) + 0.1
-    return x, scale_MG, w, torch.rand(blocks_of(depth), width, generator=gen) + 0.1
+    groups = -(-depth // draw(st.sampled_from(GROUPS)))
+    return x, scale_MG, w, torch.rand(groups, width, generator=gen) + 0.1
 
 
 def exact(x, scale_MG, w, scale_GN):
@@ -135,7 +137,7 @@ def test_a_nan_stays_in_its_row(bits):
     x = torch.randn(4, 300, generator=gen)
     x[2, 3], x[1] = float("nan"), 0
     w, scale = quantize_per_block(torch.randn(8, 300, generator=gen), 4, 300)
-    x_q, x_scale = quantize_per_block(x, bits, GROUP)
+    x_q, x_scale = quantize_per_block(x, bits, BLOCK)
     for acc in (matmul_s8s4(x_q, pack_int4(w), None, x_scale), matmul_int4(x_q, pack_int4(w), None, x_scale)):
         got = acc * scale[:, 0]
         assert torch.isnan(got[2]).all()
@@ -163,7 +165,7 @@ class Layer(torch.nn.Module):
         return LINEAR_W4A4.overload(x_q, *rest, self.depth)
 
     def forward(self, x):
-        q, scale = QUANTIZE_PER_BLOCK.overload(x, self.bits, GROUP)
+        q, scale = QUANTIZE_PER_BLOCK.overload(x, self.bits, BLOCK)
         return self.linear(PACK_INT4.overload(q) if self.bits == 4 else q, scale, x.dtype)
 
 
@@ -214,7 +216,7 @@ def test_inductor_compiles_it_for_a_cpu():
 
 def test_a_packed_input_is_unpacked_on_a_cpu():
     layer = Layer(4, True)
-    q, scale = quantize_per_block(torch.randn(7, 300, generator=torch.Generator().manual_seed(1)), 4, GROUP)
+    q, scale = quantize_per_block(torch.randn(7, 300, generator=torch.Generator().manual_seed(1)), 4, BLOCK)
     args = (pack_int4(q), scale, torch.float32)
     got, targets, _ = compiled(layer.linear, *args)
     assert targets.count("viditq.unpack_int4.default") == 1
@@ -227,14 +229,17 @@ def test_a_packed_input_is_unpacked_on_a_cpu():
         (lambda a: a.__setitem__(0, a[0].float()), "x of K=200 is uint8"),
         (lambda a: a.__setitem__(6, 300), "x of K=300 is uint8"),
         (lambda a: a.__setitem__(2, a[2][:, :-1]), r"weight of K=200 is uint8 \[N, 128\]"),
-        (lambda a: a.__setitem__(1, a[1][:, :1]), r"scales must be \[..., 2\] and \[4\] or \[2, 4\]"),
+        (
+            lambda a: a.__setitem__(1, a[1][:, :1]),
+            r"scales must be \[..., 2\] and \(4,\) or \(2, 4\) or \(4, 4\)",
+        ),
         (lambda a: a.__setitem__(1, a[1].half()), "scales are fp32"),
         (lambda a: a.__setitem__(3, a[3].expand(3, 4)), "scales must be"),
         (lambda a: a.__setitem__(4, torch.zeros(3)), "bias must be"),
     ],
 )
 def test_operands_that_do_not_fit(change, message):
-    x_q, x_scale = quantize_per_block(torch.ones(2, 200), 4, GROUP)
+    x_q, x_scale = quantize_per_block(torch.ones(2, 200), 4, BLOCK)
     w = pack_int4(torch.ones(4, 200, dtype=torch.int8))
     args = [pack_int4(x_q), x_scale, w, torch.ones(4), None, torch.float32, 200]
     change(args)
@@ -243,7 +248,7 @@ def test_operands_that_do_not_fit(change, message):
 
 
 def test_int8_operands_that_do_not_fit():
-    x_q, x_scale = quantize_per_block(torch.ones(2, 200), 8, GROUP)
+    x_q, x_scale = quantize_per_block(torch.ones(2, 200), 8, BLOCK)
     w = pack_int4(torch.ones(4, 200, dtype=torch.int8))
     with pytest.raises(ValueError, match="x is int8"):
         linear_w4a8_block(pack_int4(x_q.clamp(max=7)), x_scale, w, torch.ones(4), None, torch.float32)

@@ -19,10 +19,10 @@ from viditq_fx.ops.quantize import (
     quantize_per_token,
 )
 from viditq_fx.ops.weight_forms import dequantize_weight, quantize_weight
-from viditq_fx.scheme import GROUP, QuantScheme, half_width
+from viditq_fx.scheme import GROUPS, QuantScheme, group_of, half_width
 
 needs_kernel = pytest.mark.skipif(int4_unavailable() is not None, reason=str(int4_unavailable()))
-DEPTHS = [1, 7, 33, 64, 127, 128, 129, 300, 1152, 2081]
+DEPTHS = [1, 7, 33, 40, 64, 127, 128, 129, 300, 333, 1152, 1216, 2081]
 
 
 def weight(width, depth, gen, extreme=False):
@@ -33,12 +33,12 @@ def weight(width, depth, gen, extreme=False):
 
 @st.composite
 def operands(draw):
-    """(x int8, w int8 in four bits, scales of groups)."""
+    """(x int8, w int8 in four bits, scales of groups of either size)."""
     rows, width, depth = draw(st.integers(1, 9)), draw(st.integers(1, 13)), draw(st.sampled_from(DEPTHS))
     gen, extreme = torch.Generator().manual_seed(draw(st.integers(0, 2**31))), draw(st.booleans())
     x = torch.randint(-127, 128, (rows, depth), generator=gen, dtype=torch.int8)
     w = weight(width, depth, gen, extreme)
-    scales = torch.rand(-(-depth // GROUP), width, generator=gen) + 0.1
+    scales = torch.rand(-(-depth // draw(st.sampled_from(GROUPS))), width, generator=gen) + 0.1
     return (torch.full_like(x, -127) if extreme else x), w, scales
 
 
@@ -48,7 +48,8 @@ def exact(x, w):
 
 def exact_groups(x, w, scales):
     """(the sum, the sum of magnitudes of its products) in fp64."""
-    w_f64 = w.double() * scales.double().t().repeat_interleave(GROUP, dim=1)[:, : w.shape[1]]
+    size = next(size for size in GROUPS if -(-w.shape[1] // size) == len(scales))
+    w_f64 = w.double() * scales.double().t().repeat_interleave(size, dim=1)[:, : w.shape[1]]
     return x.double() @ w_f64.t(), x.double().abs() @ w_f64.abs().t()
 
 
@@ -145,17 +146,17 @@ def test_no_rows_and_wrong_operands():
     st.sampled_from(DEPTHS),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["w4a8", "w4a8-g128", "w4a8-g64"]),
     st.integers(0, 2**31),
 )
-def test_linear_holds_to_fp64(rows, width, depth, dtype, with_bias, grouped, seed):
+def test_linear_holds_to_fp64(rows, width, depth, dtype, with_bias, scheme, seed):
     gen = torch.Generator().manual_seed(seed)
     x_q, x_scale = quantize_per_token(torch.randn(rows, depth, generator=gen), 8)
-    form = QuantScheme.parse("w4a8-g128" if grouped else "w4a8").weight_form
+    form = QuantScheme.parse(scheme).weight_form
     stored, scale = quantize_weight(torch.randn(width, depth, generator=gen), form)
     bias = torch.randn(width, generator=gen).to(dtype) if with_bias else torch.zeros(width, dtype=dtype)
     w_q = unpack_int4(stored, depth)
-    sums, size = exact_groups(x_q, w_q, scale if grouped else scale.expand(-(-depth // GROUP), width))
+    sums, size = exact_groups(x_q, w_q, scale if form.group else scale.expand(-(-depth // 128), width))
     want, got = sums * x_scale.double() + bias.double(), linear_w4a8(x_q, x_scale, stored, scale, bias, dtype)
     assert got.dtype == dtype
     tolerance = LINEAR_W4A8.tolerances[dtype]
@@ -164,25 +165,48 @@ def test_linear_holds_to_fp64(rows, width, depth, dtype, with_bias, grouped, see
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.sampled_from(DEPTHS), st.integers(0, 2**31))
-def test_a_group_rounds_by_half_a_step_at_most(width, depth, seed):
+@given(st.integers(1, 9), st.sampled_from(DEPTHS), st.sampled_from(GROUPS), st.integers(0, 2**31))
+def test_a_group_rounds_by_half_a_step_at_most(width, depth, group, seed):
     w = torch.randn(width, depth, generator=torch.Generator().manual_seed(seed))
-    q, scale = quantize_per_group(w, 4, GROUP)
-    assert scale.shape == (-(-depth // GROUP), width)
+    q, scale = quantize_per_group(w, 4, group)
+    assert scale.shape == (-(-depth // group), width)
     assert q.abs().max() <= 7
-    error = (dequantize_per_group(q, scale, GROUP, torch.float32) - w).abs()
+    error = (dequantize_per_group(q, scale, group, torch.float32) - w).abs()
     for g, scale_N in enumerate(scale):
-        assert (error[:, g * GROUP : (g + 1) * GROUP] <= 0.5001 * scale_N[:, None]).all()
+        assert (error[:, g * group : (g + 1) * group] <= 0.5001 * scale_N[:, None]).all()
+
+
+@pytest.mark.parametrize("grid", ["", "-asym"])
+def test_smaller_groups_make_a_smaller_error(grid):
+    w = torch.randn(24, 333, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for scheme in ("w4a8", "w4a8-g128", "w4a8-g64"):
+        form = QuantScheme.parse(scheme + grid).weight_form
+        errors.append(
+            (dequantize_weight(quantize_weight(w, form), 333, form, torch.float32) - w).square().mean()
+        )
+    assert errors[0] > 1.1 * errors[1] > 1.2 * errors[2]
+
+
+@pytest.mark.parametrize("depth", [1, 64, 65, 128, 129, 333, 1216])
+def test_scales_tell_the_size_of_their_groups(depth):
+    """But for one that holds all of K: its size is the widest, and makes no difference."""
+    for group in GROUPS:
+        assert group_of(-(-depth // group), depth) == (group if depth > 64 else 128)
+    assert group_of(-(-depth // 64) + 1, depth) is None
 
 
 def test_one_group_is_the_whole_channel():
     w = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
-    (q, scale), (q_1, scale_1) = quantize_per_channel(w, 4), quantize_per_group(w, 4, GROUP)
+    (q, scale), (q_1, scale_1) = quantize_per_channel(w, 4), quantize_per_group(w, 4, 128)
     assert torch.equal(q, q_1)
     assert torch.equal(scale, scale_1[0])
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-g128", "w8a8-asym", "w4a8-bgr", "w4a8-g128-asym"])
+FORMS = ["w8a8", "w4a8", "w4a8-g128", "w4a8-g64", "w8a8-asym", "w4a8-bgr", "w4a8-g128-asym", "w4a8-g64-asym"]
+
+
+@pytest.mark.parametrize("scheme", FORMS)
 def test_forms_give_back_what_they_store(scheme):
     w = torch.randn(24, 300, generator=torch.Generator().manual_seed(0))
     form = QuantScheme.parse(scheme).weight_form
@@ -195,7 +219,7 @@ def test_forms_give_back_what_they_store(scheme):
     assert (back - w).abs().max() <= clipped * scale.max()
 
 
-@pytest.mark.parametrize(("scheme", "floor"), [("w4a8", 16.0), ("w4a8-g128", 18.5)])
+@pytest.mark.parametrize(("scheme", "floor"), [("w4a8", 16.0), ("w4a8-g128", 18.5), ("w4a8-g64", 19.2)])
 def test_sqnr_on_gaussian_data(scheme, floor):
     gen = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 3072, generator=gen), torch.randn(256, 3072, generator=gen) * 3072**-0.5
@@ -209,7 +233,7 @@ def test_a_nan_row_stays_in_its_row():
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(4, 200, generator=gen)
     x[2, 3] = float("nan")
-    for scheme in ("w4a8", "w4a8-g128"):
+    for scheme in ("w4a8", "w4a8-g128", "w4a8-g64"):
         weights = quantize_weight(torch.randn(8, 200, generator=gen), QuantScheme.parse(scheme).weight_form)
         got = linear_w4a8(*quantize_per_token(x, 8), *weights, None, torch.float32)
         assert torch.isnan(got[2]).all()

@@ -1,5 +1,7 @@
 """The kernels with 4-bit weights assemble for each architecture: integer MMA, no spills, no int8 copy of the weight."""
 
+from dataclasses import replace
+
 import pytest
 from nogpu.fake_cuda import missing
 
@@ -10,11 +12,16 @@ import torch
 import triton.language as tl
 from nogpu.assemble import assemble
 
+from viditq_fx.scheme import GROUPS
 from viditq_fx.triton_templates import linear_w4_block, linear_w4a8
 from viditq_fx.triton_templates.base import SHARED_BYTES, LinearProblem
 
-W4A8 = (linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED)
-BLOCK = (linear_w4_block.W4A8_BLOCK_GROUPED, linear_w4_block.W4A4)  # `make assemble` lists all four
+W4A8 = linear_w4a8.TEMPLATES
+BLOCK = (
+    linear_w4_block.W4A8_BLOCK[1],
+    linear_w4_block.W4A4[0],
+    linear_w4_block.W4A4[2],
+)  # `make assemble` lists all
 KERNELS = {
     **dict.fromkeys((t.name for t in W4A8), linear_w4a8.linear_w4a8_kernel),
     **dict.fromkeys((t.name for t in linear_w4_block.TEMPLATES), linear_w4_block.linear_w4_block_kernel),
@@ -92,6 +99,7 @@ def test_hopper_takes_the_widened_weight_from_registers():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("depth", [33, 1152, 3072])
 def test_a_config_fits_every_problem(template, rows, capability, depth):
+    group = next((group for group in GROUPS if template.name.endswith(f"_g{group}")), None)
     problem = LinearProblem(
         rows=rows,
         width=8,
@@ -99,7 +107,8 @@ def test_a_config_fits_every_problem(template, rows, capability, depth):
         out_dtype=torch.bfloat16,
         capability=capability,
         processors=100,
-        grouped=template.name.endswith("_g128"),
+        group=group,
     )
     assert template.supports(problem) is None
+    assert template.supports(replace(problem, group=0)).startswith("it is for")
     assert all(config.block_k == 64 or depth == 3072 for config in template.candidates(problem))

@@ -44,23 +44,33 @@ def of_two(*shape):
     return torch.exp2(torch.randint(-2, 2, shape, generator=torch.Generator().manual_seed(1)).float())
 
 
-def exact_args(kind, shape, label, grouped):
+def exact_args(kind, shape, label, group=None):
     (rows, depth, width), largest = shape, 7 if kind == "w4a4" else 127
     gen = torch.Generator().manual_seed(0)
     x = torch.randint(-largest, largest + 1, (rows, depth), generator=gen, dtype=torch.int8)
     w = torch.randint(-8, 8, (width, depth), generator=gen, dtype=torch.int8)
     if "extremes" in label:
         x, w = torch.full_like(x, largest if "negative" in label else -largest), torch.full_like(w, -8)
-    blocks = -(-depth // 128)
-    scale = of_two(blocks, width) if grouped else of_two(width)
-    rest = (of_two(rows, blocks), pack_int4(w), scale, None, torch.float32)
+    scale = of_two(-(-depth // group), width) if group else of_two(width)
+    rest = (of_two(rows, -(-depth // 128)), pack_int4(w), scale, None, torch.float32)
     return (pack_int4(x), *rest, depth) if kind == "w4a4" else (x, *rest)
 
 
 EXACT_CASES = {
-    f"{kind}-{label}{'-groups' if i % 2 else ''}": (exact_args(kind, shape, label, bool(i % 2)), config)
+    f"{kind}-{label}{'-groups' if i % 2 else ''}": (
+        exact_args(kind, shape, label, 128 if i % 2 else None),
+        config,
+    )
     for j, kind in enumerate(OPS)
     for i, (label, (shape, config)) in enumerate(EXACT.items(), j)  # each op takes the other form of scales
+}
+EXACT_CASES |= {
+    f"{kind}-{label}-g64": (exact_args(kind, EXACT[label][0], label, 64), EXACT[label][1])
+    for kind, labels in {
+        "w4a8_block": ("ragged-k", "17-rows"),
+        "w4a4": ("all-ragged-swapped", "negative-extremes"),
+    }.items()
+    for label in labels
 }
 SAMPLES = {f"{kind}-{sample.label}": sample.args for kind, op in OPS.items() for sample in op.samples(CPU)}
 
@@ -69,10 +79,10 @@ SAMPLES = {f"{kind}-{sample.label}": sample.args for kind, op in OPS.items() for
 def results(tmp_path_factory):
     cases = dict(EXACT_CASES)
     cases |= {label: (args, tile(16, 32, swap=i % 2 == 0)) for i, (label, args) in enumerate(SAMPLES.items())}
-    nan = list(exact_args("w4a8_block", (3, 300, 8), "", False))
+    nan = list(exact_args("w4a8_block", (3, 300, 8), ""))
     nan[1][1, 2] = float("nan")
     cases["nan"] = (tuple(nan), tile(16, 16))
-    cases["empty"] = (exact_args("w4a4", (0, 32, 8), "", False), tile(16, 32))
+    cases["empty"] = (exact_args("w4a4", (0, 32, 8), ""), tile(16, 32))
     payload = [("linear_w4_block", *case) for case in cases.values()]
     out = run_interpreted("nogpu.interpret_linear", payload, tmp_path_factory.mktemp("interpret"))
     return dict(zip(cases, out, strict=True))

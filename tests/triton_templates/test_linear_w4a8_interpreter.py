@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernel is a Triton kernel and Triton i
 from nogpu.interpreter import run_interpreted
 
 from viditq_fx.triton_templates.base import GemmConfig
-from viditq_fx.triton_templates.linear_w4a8 import TEMPLATE, TEMPLATE_GROUPED
+from viditq_fx.triton_templates.linear_w4a8 import TEMPLATES
 
 pytestmark = pytest.mark.slow  # a subprocess imports torch and Triton anew for each file
 
@@ -51,10 +51,10 @@ def exact_args(shape, label):
     return x, torch.ones(rows, 1), pack_int4(w), torch.ones(width), None, torch.float32
 
 
-def groups_of_two(args):
+def groups_of_two(args, size):
     """The same operands with scales of groups that are powers of two: fp32 adds them without rounding."""
     x, s, w, ones, *rest = args
-    groups = -(-x.shape[1] // 128)
+    groups = -(-x.shape[1] // size)
     return x, s, w, torch.stack([ones * 2.0 ** -(g % 4) for g in range(groups)]), *rest
 
 
@@ -62,7 +62,9 @@ def cases_of_tests():
     cases = {}
     for label, (shape, config) in EXACT.items():
         args = exact_args(shape, label)
-        cases[label], cases[f"{label}-groups"] = (args, config), (groups_of_two(args), config)
+        cases[label], cases[f"{label}-g128"] = (args, config), (groups_of_two(args, 128), config)
+        if config.block_k <= 64 and "swizzled" not in label:
+            cases[f"{label}-g64"] = (groups_of_two(args, 64), config)
     return cases
 
 
@@ -97,7 +99,13 @@ def test_no_rows(results):
     assert results["empty"].shape == (0, 8)
 
 
-def test_both_templates_are_one_kernel():
-    assert TEMPLATE.body == TEMPLATE_GROUPED.body
-    assert TEMPLATE.body.count("tl.dot(") == 8  # low and high, plain and swapped, with groups and without
-    assert "tl.store" not in TEMPLATE.body
+def test_a_tile_in_two_groups_is_refused():
+    deep = next(c for *_, configs in TEMPLATES[1].configs for c in configs if c.block_k == 128)
+    with pytest.raises(AssertionError, match="tiles in two groups of 64"):
+        TEMPLATES[2].constants(deep, None, 64, 256)
+
+
+def test_all_templates_are_one_kernel():
+    assert len({template.body for template in TEMPLATES}) == 1
+    assert TEMPLATES[0].body.count("tl.dot(") == 8  # low and high, plain and swapped, with groups and without
+    assert "tl.store" not in TEMPLATES[0].body

@@ -1,9 +1,9 @@
 // Exact GEMM of int8 by 4-bit weights for x86 CPUs, which reads the weights as they are stored.
 //
 //     acc[m, n] = sum_k X[m, k] W[n, k]        X int8 in [-127, 127], W in [-8, 7], acc written as fp32
-//     with scales of groups of 128 of K, of W or of X or of both:
-//     acc[m, n] = sum_g s_x[m, g] * s_w[g, n] * (the sum over group g)      each sum exact in each lane of a vector,
-//                                                                          then scaled and added in fp32
+//     with scales of W's groups of 128 or 64 of K, of X's blocks of 128, or of both:
+//     acc[m, n] = sum_g s_x[m, block of g] * s_w[g, n] * (the sum over group g)
+//     each sum exact in each lane of a vector, then scaled and added in fp32
 //
 // W [N, H] bytes: byte j of a row holds weight j low and weight j + H high, two's complement (ops/pack.py). H is a
 // multiple of 64. A weight plus 8 is a byte without sign in [0, 15], which is what both byte products want:
@@ -80,7 +80,7 @@ inline float total(Floats a) {
 }
 #endif
 
-constexpr int64_t GROUP = 128;
+constexpr int64_t BLOCK = 128;  // of X; the largest group of W
 constexpr int64_t PANEL_BYTES = 256 * 1024;  // of W: rows that a core multiplies by tile after tile of X from its L2
 constexpr int64_t TASK_ROWS = 64;
 
@@ -154,17 +154,17 @@ struct Problem {
   const int8_t* x;
   const uint8_t* w;
   const float* scales;    // of W's groups [groups, width], or none
-  const float* x_scales;  // of X's [rows, groups], or none
+  const float* x_scales;  // of X's blocks [rows, blocks], or none
   float* out;
-  int64_t rows, width, depth, half, groups;
+  int64_t rows, width, depth, half, group, groups, blocks;
 };
 
-// The scales of one group for a tile.
+// The scales of one group, and of the block that it lies in, for a tile.
 template <int M, int N>
 struct GroupScales {
   float x[M], w[N];
-  GroupScales(const Problem& p, int64_t m0, int64_t n0, int64_t group) {
-    for (int m = 0; m < M; ++m) x[m] = p.x_scales ? p.x_scales[(m0 + m) * p.groups + group] : 1.0f;
+  GroupScales(const Problem& p, int64_t m0, int64_t n0, int64_t group, int64_t block) {
+    for (int m = 0; m < M; ++m) x[m] = p.x_scales ? p.x_scales[(m0 + m) * p.blocks + block] : 1.0f;
     for (int n = 0; n < N; ++n) w[n] = p.scales ? p.scales[group * p.width + n0 + n] : 1.0f;
   }
 };
@@ -203,20 +203,22 @@ inline void multiply_run(const Problem& p, const int8_t* x, const uint8_t* w, co
   }
 }
 
-// One half of the bytes with groups. As H is a multiple of 64, a run that lies in one group is 64 or 128 bytes.
-template <bool HIGH, int M, int N>
+// One half of the bytes with groups. As H is a multiple of 64, a run that lies in one group is 64 or 128 bytes; with
+// groups of 64 each is 64.
+template <bool HIGH, int64_t GROUP, int M, int N>
 inline void multiply_groups(const Problem& p, const int8_t* x, const uint8_t* w, int64_t m0, int64_t n0,
                             Floats (&acc)[M][N]) {
   const int64_t first = HIGH ? p.half : 0;
   for (int64_t j = 0; j < p.half;) {
-    const int64_t group = std::min((first + j) / GROUP, p.groups - 1);  // past the last K all weights are zero
-    const GroupScales<M, N> s(p, m0, n0, group);
-    if ((first + j) % GROUP == 0 && j + GROUP <= p.half) {
-      multiply_run<HIGH, GROUP / BYTES>(p, x, w, s, j, acc);
-      j += GROUP;
+    const int64_t k = first + j, block = std::min(k / BLOCK, p.blocks - 1);  // past the last K all weights are zero
+    const int64_t group = GROUP == BLOCK ? block : std::min(k / GROUP, p.groups - 1);
+    const GroupScales<M, N> s(p, m0, n0, group, block);
+    if (GROUP == BLOCK && k % BLOCK == 0 && j + BLOCK <= p.half) {
+      multiply_run<HIGH, BLOCK / BYTES>(p, x, w, s, j, acc);
+      j += BLOCK;
     } else {
-      multiply_run<HIGH, GROUP / BYTES / 2>(p, x, w, s, j, acc);
-      j += GROUP / 2;
+      multiply_run<HIGH, BLOCK / BYTES / 2>(p, x, w, s, j, acc);
+      j += BLOCK / 2;
     }
   }
 }
@@ -237,8 +239,13 @@ void tile(const Problem& p, const int8_t* x, const int32_t* sums, int64_t m0, in
   Floats acc[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) acc[m][n] = no_floats();
-  multiply_groups<false>(p, x, w, m0, n0, acc);
-  multiply_groups<true>(p, x, w, m0, n0, acc);
+  if (p.group == BLOCK) {
+    multiply_groups<false, BLOCK>(p, x, w, m0, n0, acc);
+    multiply_groups<true, BLOCK>(p, x, w, m0, n0, acc);
+  } else {
+    multiply_groups<false, BLOCK / 2>(p, x, w, m0, n0, acc);
+    multiply_groups<true, BLOCK / 2>(p, x, w, m0, n0, acc);
+  }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) out[m * p.width + n] = total(acc[m][n]);
 }
@@ -283,12 +290,13 @@ void multiply_part(const Problem& p, int64_t row_begin, int64_t row_end, int64_t
 
 extern "C" {
 
-// acc fp32 [rows, width]; `scales` fp32 [ceil(depth / 128), width] or null, `x_scales` fp32 [rows, ceil(depth / 128)] or
-// null. 0, or 1 where there is no memory.
+// acc fp32 [rows, width]; `scales` fp32 [ceil(depth / group), width] or null, `group` 128 or 64 (128 without scales);
+// `x_scales` fp32 [rows, ceil(depth / 128)] or null. 0, or 1 where there is no memory.
 int viditq_multiply_int4(const int8_t* x, const uint8_t* w, const float* scales, const float* x_scales, float* out,
-                         int64_t rows, int64_t width, int64_t depth, int threads) {
+                         int64_t rows, int64_t width, int64_t depth, int64_t group, int threads) {
   const int64_t half = up(depth, 128) / 2;
-  const Problem p{x, w, scales, x_scales, out, rows, width, depth, half, up(depth, GROUP) / GROUP};
+  const int64_t of_w = up(depth, group) / group, of_x = up(depth, BLOCK) / BLOCK;
+  const Problem p{x, w, scales, x_scales, out, rows, width, depth, half, group, of_w, of_x};
   const bool groups = scales || x_scales;
   const int64_t columns = groups ? GROUP_COLUMNS : COLUMNS;
   // Enough parts for all threads, each of so many channels as L2 holds.

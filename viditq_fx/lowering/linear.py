@@ -32,6 +32,7 @@ from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
 from viditq_fx.plugins import Failure, attempt
 from viditq_fx.report import SIMULATION
+from viditq_fx.scheme import group_of
 from viditq_fx.triton_templates import (
     linear_fp8,
     linear_w4_block,
@@ -89,12 +90,10 @@ ROUTES: dict[Any, Route] = {
     LINEAR_W8A8.overload: _INT8,
     LINEAR_W8A7.overload: _INT8,
     # No cuBLAS: it would need the weight as int8 in memory.
-    LINEAR_W4A8.overload: Route(templates=(linear_w4a8.TEMPLATE, linear_w4a8.TEMPLATE_GROUPED)),
-    LINEAR_W4A8_BLOCK.overload: Route(
-        templates=(linear_w4_block.W4A8_BLOCK, linear_w4_block.W4A8_BLOCK_GROUPED)
-    ),
+    LINEAR_W4A8.overload: Route(templates=linear_w4a8.TEMPLATES),
+    LINEAR_W4A8_BLOCK.overload: Route(templates=linear_w4_block.W4A8_BLOCK),
     LINEAR_W4A4.overload: Route(
-        templates=(linear_w4_block.W4A4, linear_w4_block.W4A4_GROUPED),
+        templates=linear_w4_block.W4A4,
         note="4-bit inputs are multiplied as int8: Triton has no int4 product",
     ),
     LINEAR_W8A8_FP8.overload: Route(
@@ -259,6 +258,10 @@ def _problem(
     static_width, static_depth = inductor.static_int(width), inductor.static_int(depth)
     if static_width is None or static_depth is None:
         return f"N and K must be the same in every call; got N={width}, K={depth}"
+    group = None
+    if len(w_scale.get_size()) == 2:
+        scales = inductor.static_int(w_scale.get_size()[0])
+        group = 0 if scales is None else group_of(scales, static_depth) or 0
     return LinearProblem(
         rows=inductor.size_hint(inductor.product(size[:-1])),
         width=static_width,
@@ -266,7 +269,7 @@ def _problem(
         out_dtype=out_dtype,
         capability=torch.cuda.get_device_capability(device),
         processors=_processors(device),
-        grouped=len(w_scale.get_size()) == 2,
+        group=group,
         why_no_descriptors=inductor.why_no_descriptors((x_q, w_q), DESCRIPTOR_ALIGNMENT),
     )
 

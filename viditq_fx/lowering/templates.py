@@ -17,8 +17,9 @@ from viditq_fx.triton_templates.base import KernelTemplate
 
 OUR_NAMES = (
     *("linear_w8a8", "linear_w8a8_split_k", "linear_w8a8_persistent", "linear_w8a8_tma"),
-    *("linear_w4a8", "linear_w4a8_g128", "linear_w8a8_fp8"),
-    *("linear_w4a8_block", "linear_w4a8_block_g128", "linear_w4a4", "linear_w4a4_g128"),
+    *("linear_w4a8", "linear_w4a8_g128", "linear_w4a8_g64", "linear_w8a8_fp8"),
+    *("linear_w4a8_block", "linear_w4a8_block_g128", "linear_w4a8_block_g64"),
+    *("linear_w4a4", "linear_w4a4_g128", "linear_w4a4_g64"),
 )
 
 # Context, not state: set only while one graph is compiled, so concurrent compilations do not mix.

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from viditq_fx.cpu_kernels.build import cache_folder
-from viditq_fx.scheme import GROUP
 from viditq_fx.triton_templates.base import LinearProblem
 
 FORMAT = 1
@@ -56,8 +55,8 @@ class ShapeClass:
 
 
 def op_class(op: str, problem: LinearProblem) -> str:
-    """The op's name, with "-g128" where its weight has groups: other kernels compute it then."""
-    return f"{op}-g{GROUP}" if problem.grouped else op
+    """The op's name, with "-g128" or "-g64" where its weight has such groups: other kernels compute it then."""
+    return f"{op}-g{problem.group}" if problem.group is not None else op
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ ends it. s_w may be one for each output channel, s_w[n]: it is then applied afte
 Integers: x in [-127, 127], or in [-7, 7] where packed; w in [-8, 7].
 Shapes: x_MK int8 [..., K] or x_MH uint8 [..., H], s_MG fp32 [..., G] with G = ceil(K / 128), w uint8 [N, H] as
 `pack_int4` makes it, s_N fp32 [N] or s_GN fp32 [G, N], bias_N [N] of any float dtype; result [..., N] in `out_dtype`.
+A weight may have groups of 64 instead, s_GN fp32 [ceil(K / 64), N]: two of them then share a block's scale of x.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from viditq_fx.ops.linear import linear_epilogue
 from viditq_fx.ops.linear_w4a8 import matmul_int4
 from viditq_fx.ops.pack import pack_int4, unpack_int4
 from viditq_fx.ops.quantize import quantize_per_block, quantize_per_channel, quantize_per_group
-from viditq_fx.scheme import GROUP, half_width
+from viditq_fx.scheme import BLOCK, group_shapes, half_width
 
 
 def _check(
@@ -39,10 +40,11 @@ def _check(
         )
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         raise ValueError(f"{op}: scales are fp32; got {x_scale.dtype} for x and {w_scale.dtype} for w")
-    width, groups = w_q.shape[0], -(-depth // GROUP)
-    if x_scale.shape != (*x_q.shape[:-1], groups) or tuple(w_scale.shape) not in ((width,), (groups, width)):
+    width, blocks = w_q.shape[0], -(-depth // BLOCK)
+    shapes = ((width,), *group_shapes(width, depth))
+    if x_scale.shape != (*x_q.shape[:-1], blocks) or tuple(w_scale.shape) not in shapes:
         raise ValueError(
-            f"{op}: with K={depth} scales must be [..., {groups}] and [{width}] or [{groups}, {width}]; got "
+            f"{op}: with K={depth} scales must be [..., {blocks}] and {' or '.join(map(str, shapes))}; got "
             f"{tuple(x_scale.shape)}, {tuple(w_scale.shape)}"
         )
     if bias is not None and bias.shape != (width,):
@@ -110,22 +112,24 @@ def _fake(
 def _samples(bits: int, device: torch.device) -> Iterator[Sample]:
     gen = torch.Generator(device=device).manual_seed(0)
     cases = (
-        ((64,), 128, 64, torch.float32, True, False),
-        ((2, 9), 40, 24, torch.bfloat16, True, True),
-        ((17,), 333, 7, torch.float32, False, True),
-        ((3, 1), 1152, 8, torch.float16, False, True),
-        ((17,), 300, 33, torch.float32, True, False),
-        ((1,), 200, 8, torch.bfloat16, True, False),
+        ((64,), 128, 64, torch.float32, True, 0),
+        ((2, 9), 40, 24, torch.bfloat16, True, 128),
+        ((17,), 333, 7, torch.float32, False, 128),
+        ((3, 1), 1152, 8, torch.float16, False, 128),
+        ((17,), 300, 33, torch.float32, True, 0),
+        ((1,), 200, 8, torch.bfloat16, True, 0),
+        ((17,), 333, 7, torch.float32, True, 64),
+        ((1, 3), 1216, 24, torch.bfloat16, False, 64),
     )
-    for batch, depth, width, dtype, with_bias, grouped in cases:
+    for batch, depth, width, dtype, with_bias, group in cases:
         x = torch.randn(*batch, depth, generator=gen, device=device)
         w = torch.randn(width, depth, generator=gen, device=device) * depth**-0.5
         bias = torch.randn(width, generator=gen, device=device).to(dtype) if with_bias else None
-        x_q, x_scale = quantize_per_block(x, bits, GROUP)
-        q_NK, scale = quantize_per_group(w, 4, GROUP) if grouped else quantize_per_channel(w, 4)
+        x_q, x_scale = quantize_per_block(x, bits, BLOCK)
+        q_NK, scale = quantize_per_group(w, 4, group) if group else quantize_per_channel(w, 4)
         q_NK[::2, ::3] = -8  # symmetric rounding makes none; asymmetric weights do
         kind = f"{'x'.join(map(str, batch))}-k{depth}-n{width}-{str(dtype).removeprefix('torch.')}"
-        label = f"{kind}{'-groups' if grouped else ''}"
+        label = f"{kind}{f'-groups{group}' if group else ''}"
         if bits == 4:
             args = (pack_int4(x_q), x_scale, pack_int4(q_NK), scale, bias, dtype, depth)
         else:

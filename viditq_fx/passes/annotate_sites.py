@@ -23,7 +23,7 @@ from viditq_fx.passes.roles import find_roles, linear_input
 from viditq_fx.passes.selection import weigh
 from viditq_fx.passes.site_plan import site_plan
 from viditq_fx.report import SiteReport
-from viditq_fx.scheme import GROUP, SCHEME_MARK, QuantScheme
+from viditq_fx.scheme import BLOCK, SCHEME_MARK, QuantScheme, group_of
 from viditq_fx.site import Site, fqn_of_source
 
 SITE_KEY = "viditq_site"
@@ -88,7 +88,8 @@ def scheme_of_linear(node: fx.Node) -> str:
     """Name of the scheme of a linear of the dialect: what the layer told, or in a graph without such marks (one that
     went through another tracer) as far as its op, what quantizes its input and its scales tell.
 
-    There 6-bit weights are int8, and a refined grid is a grid: they are called w8 and -asym.
+    There 6-bit weights are int8, a refined grid is a grid, and one group of 64 or less is all of K: they are called w8,
+    -asym and -g128.
     """
     told = node.meta.get("custom", {}).get(SCHEME_MARK)
     if told is not None:
@@ -104,10 +105,10 @@ def scheme_of_linear(node: fx.Node) -> str:
         QuantScheme(
             weight_bits=4 if op_name(node).startswith("linear_w4") else 8,
             input_bits=bits,
-            group=GROUP if example(node.args[3]).dim() == 2 else None,  # type: ignore[arg-type]
+            group=_group(node),
             grid="minmax" if any(u.target is ops.ADD_ZERO_POINT.overload for u in node.users) else None,
             rotate=rotates,
-            block=GROUP if node.target in _BLOCKS else None,
+            block=BLOCK if node.target in _BLOCKS else None,
             rank=_rank(node),
         )
     )
@@ -140,6 +141,12 @@ def _rank(linear: fx.Node) -> int:
     found = beside(linear)
     branch = len(found) >= 2
     return int(example(found[-2]).shape[0]) if branch else 0  # type: ignore[arg-type]
+
+
+def _group(linear: fx.Node) -> int | None:
+    """Input channels that share a scale of an integer linear's weight; None: all of them do."""
+    scale = example(linear.args[3])  # type: ignore[arg-type]
+    return group_of(int(scale.shape[0]), _depth(linear, ())) if scale.dim() == 2 else None
 
 
 def _input_quantize(node: fx.Node) -> fx.Node | None:

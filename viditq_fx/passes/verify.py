@@ -15,7 +15,7 @@ from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.effects import op_name
 from viditq_fx.passes.insert_qdq import QUANTIZE_WEIGHT, SCHEME_KEY
 from viditq_fx.passes.site_plan import SLOT_KEY
-from viditq_fx.scheme import GROUP
+from viditq_fx.scheme import BLOCK, group_of
 
 _QUANTIZE = (
     ops.QUANTIZE_PER_TOKEN.overload,
@@ -86,10 +86,11 @@ def _linear_problem(node: fx.Node) -> str | None:
         return f"{op_name(node)} over {x.dtype} x {w.dtype}"
     if x_scale.dtype != torch.float32 or w_scale.dtype != torch.float32:
         return "scales are fp32"
-    ranks = (1, 2) if nibbles else (1,)
-    scales = 1
-    if blocks:
-        scales = -(-(node.args[6] if x.dtype == torch.uint8 else x.shape[-1]) // GROUP)  # type: ignore[operator]
-    if w_scale.shape[-1] != w.shape[0] or w_scale.dim() not in ranks or x_scale.shape[-1] != scales:
+    depth = node.args[6] if x.dtype == torch.uint8 else x.shape[-1]
+    scales = -(-depth // BLOCK) if blocks else 1  # type: ignore[operator]
+    fits = w_scale.dim() == 1 or (
+        w_scale.dim() == 2 and nibbles and group_of(w_scale.shape[0], depth) is not None  # type: ignore[arg-type]
+    )
+    if w_scale.shape[-1] != w.shape[0] or not fits or x_scale.shape[-1] != scales:
         return f"scale shapes {tuple(x_scale.shape)}, {tuple(w_scale.shape)} match neither token nor channel"
     return None

@@ -93,8 +93,8 @@ class LinearProblem:
     """Compute capability of the device."""
     processors: int
     """Number of streaming multiprocessors."""
-    grouped: bool = False
-    """The weight has a scale for each group of input channels, not one for each output channel alone."""
+    group: int | None = None
+    """Input channels that share a scale of the weight; None: all of them do, 0: a number not in scheme.GROUPS."""
     why_no_descriptors: str | None = None
     """Why x and w cannot be read through tensor descriptors here, or None; K is the template's to check."""
 

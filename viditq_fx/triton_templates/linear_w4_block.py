@@ -2,9 +2,10 @@
 
     Y[m, n] = sum_g s_x[m, g] * s_w[g, n] * (sum over k of block g of Xq[m, k] * Wq[n, k]) (+ bias[n])
 
-with blocks of 128, or s_w[n] after the sum. The weight stays 4 bits wide in memory, in `linear_w4a4` the input too, and
-they are widened to int8 in registers. Byte j of a row holds k = j low and k = j + HALF high (`ops/pack.py`): a tile of
-bytes is two tiles of K, the low one of x goes with the low one of w, and nothing is interleaved:
+with blocks of 128, or s_w[n] after the sum. With weight groups of 64 a block is two of them, which share s_x. Weights
+stay 4 bits wide in memory, in `linear_w4a4` the input too, and they are widened to int8 in registers. Byte j of a row
+holds k = j low and k = j + HALF high (`ops/pack.py`): a tile of bytes is two tiles of K, the low one of x goes with
+the low one of w, and nothing is interleaved:
 
     low = byte << 4        high = byte & -16        both int8, and 16 times the integer: one step each, not two
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from viditq_fx.ops.base import QuantOp
 from viditq_fx.ops.linear_w4_block import LINEAR_W4A4, LINEAR_W4A8_BLOCK
-from viditq_fx.scheme import GROUP, half_width
+from viditq_fx.scheme import BLOCK, GROUPS, group_of, half_width
 from viditq_fx.triton_templates.base import (
     GemmConfig,
     KernelTemplate,
@@ -55,9 +56,9 @@ def linear_w4_block_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
-    GROUPED: tl.constexpr,
     SWAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -78,7 +79,7 @@ def linear_w4_block_kernel(
     k_K = tl.arange(0, BLOCK_K)
     last = (
         K - 1
-    ) // GROUP  # not annotated as constexpr: Triton 3.6 refuses what Inductor defines in the body
+    ) // BLOCK  # not annotated as constexpr: Triton 3.6 refuses what Inductor defines in the body
     x_row = HALF if PACKED else K
     s_at = x_scale_ptr + row_M * (last + 1)
     # SWAP computes the transpose, so that the widened weight is the operand that wgmma takes from registers.
@@ -99,8 +100,8 @@ def linear_w4_block_kernel(
     zero += 0x4B400000
 
     for start in range(0, HALF, BLOCK_K):
-        g_low = start // GROUP
-        g_high = tl.minimum((HALF + start) // GROUP, last)  # past the last K all of w is zero
+        b_low = start // BLOCK
+        b_high = tl.minimum((HALF + start) // BLOCK, last)  # past the last K all of w is zero
         if PACKED:
             x_bytes = tl.load(x_at).to(tl.int8, bitcast=True)
             x_low = x_bytes << 4
@@ -120,10 +121,10 @@ def linear_w4_block_kernel(
             if SWAP
             else tl.dot(x_low, w_low, zero, out_dtype=tl.int32)
         )
-        x_s = tl.load(s_at + g_low)
+        x_s = tl.load(s_at + b_low)
         part = (part.to(tl.float32, bitcast=True) - 12582912.0) * (x_s[None, :] if SWAP else x_s[:, None])
-        if GROUPED:
-            w_s = tl.load(w_scale_ptr + g_low * N + col_N)
+        if GROUP != 0:
+            w_s = tl.load(w_scale_ptr + (start // GROUP) * N + col_N)
             part = part * (w_s[:, None] if SWAP else w_s[None, :])
         y_acc += part
         part = (
@@ -131,10 +132,10 @@ def linear_w4_block_kernel(
             if SWAP
             else tl.dot(x_high, w_high, zero, out_dtype=tl.int32)
         )
-        x_s = tl.load(s_at + g_high)
+        x_s = tl.load(s_at + b_high)
         part = (part.to(tl.float32, bitcast=True) - 12582912.0) * (x_s[None, :] if SWAP else x_s[:, None])
-        if GROUPED:
-            w_s = tl.load(w_scale_ptr + g_high * N + col_N)
+        if GROUP != 0:
+            w_s = tl.load(w_scale_ptr + tl.minimum((HALF + start) // GROUP, (K - 1) // GROUP) * N + col_N)
             part = part * (w_s[:, None] if SWAP else w_s[None, :])
         y_acc += part
         x_at += BLOCK_K
@@ -143,7 +144,7 @@ def linear_w4_block_kernel(
     if SWAP:
         y_acc = tl.trans(y_acc)
     y_acc = y_acc * (0.00390625 if PACKED else 0.0625)
-    if not GROUPED:
+    if GROUP == 0:
         y_acc = y_acc * tl.load(w_scale_ptr + col_N)[None, :]
     if HAS_BIAS:
         y_acc += tl.load(bias_ptr + col_N).to(tl.float32)[None, :]
@@ -156,18 +157,19 @@ def linear_w4_block_kernel(
 
 
 def constants(
-    config: GemmConfig, rows: int | None, width: int, depth: int, *, packed: bool, grouped: bool
+    config: GemmConfig, rows: int | None, width: int, depth: int, *, packed: bool, group: int = 0
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants for one shape: `packed` of the input, `grouped` of the weight's scales."""
+    """The kernel's compile-time constants for one shape: `packed` of the input; `group` as of linear_w4a8."""
     half = half_width(depth)
     assert half % config.block_k == 0, f"config {config} does not divide half of K = {depth}"
+    assert group == 0 or group % config.block_k == 0, f"config {config} has tiles in two groups of {group}"
     fixed = shape_constants(config, rows, width, depth)
     fixed |= {
         "K": depth,
         "HALF": half,
-        "GROUP": GROUP,
+        "BLOCK": BLOCK,
+        "GROUP": group,
         "PACKED": packed,
-        "GROUPED": grouped,
         "SWAP": config.swap,
     }
     return fixed | {"EVEN_K": depth == 2 * half}
@@ -196,7 +198,9 @@ def launch(
     depth = x_2d.shape[1] if depth is None else depth
     y_MN = torch.empty(rows, width, dtype=out_dtype, device=x_q.device)
     options: dict[str, Any] = {"num_stages": config.num_stages, "num_warps": config.num_warps}
-    options |= constants(config, None, width, depth, packed=packed, grouped=w_scale.dim() == 2)
+    group = group_of(w_scale.shape[0], depth) if w_scale.dim() == 2 else 0
+    assert group is not None, f"no groups of K = {depth} have so many scales"
+    options |= constants(config, None, width, depth, packed=packed, group=group)
     options |= {"N": width, "HAS_BIAS": bias is not None}
     options["INDEX_DTYPE"] = tl.int32 if y_MN.numel() < 2**31 else tl.int64
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
@@ -214,9 +218,10 @@ def _fits(config: GemmConfig, problem: LinearProblem) -> bool:
     return half_width(problem.depth) % config.block_k == 0
 
 
-def _supports(problem: LinearProblem, grouped: bool) -> str | None:
-    if problem.grouped != grouped:
-        return "it is for weights with scales of " + ("groups" if grouped else "whole output channels")
+def _supports(problem: LinearProblem, group: int | None) -> str | None:
+    if problem.group != group:
+        kind = f"groups of {group}" if group else "whole output channels"
+        return f"it is for weights with scales of {kind}"
     return why_no_int8(problem)
 
 
@@ -254,25 +259,27 @@ _WIDE = {
 }
 
 
-def _template(op: QuantOp, packed: bool, grouped: bool) -> KernelTemplate:
+def _template(op: QuantOp, packed: bool, group: int | None) -> KernelTemplate:
     # With weight groups too, 16x64 spills four times on sm_80.
-    skinny = {80: _SKINNY[1 if grouped else 0 :], 89: _SKINNY, 90: _SKINNY_SWAPPED, 100: _SKINNY_SWAPPED[::2]}
+    skinny = {80: _SKINNY[1 if group else 0 :], 89: _SKINNY, 90: _SKINNY_SWAPPED, 100: _SKINNY_SWAPPED[::2]}
+    deepest = group or BLOCK  # no tile lies in two groups
     return KernelTemplate(
-        name=op.name + (f"_g{GROUP}" if grouped else ""),
+        name=op.name + (f"_g{group}" if group else ""),
         ops=(op,),
         source_file=Path(__file__),
         kernel="linear_w4_block_kernel",
         configs=(
             *((arch, "skinny", configs) for arch, configs in skinny.items()),
-            *((arch, "wide", configs) for arch, configs in _WIDE.items()),
+            *((arch, "wide", tuple(c for c in wide if c.block_k <= deepest)) for arch, wide in _WIDE.items()),
         ),
-        supports=partial(_supports, grouped=grouped),
-        constants=partial(constants, packed=packed, grouped=grouped),
+        supports=partial(_supports, group=group),
+        constants=partial(constants, packed=packed, group=group or 0),
         depth_of="argument" if packed else "x",
         fits=_fits,
     )
 
 
-W4A8_BLOCK, W4A8_BLOCK_GROUPED = (_template(LINEAR_W4A8_BLOCK, False, grouped) for grouped in (False, True))
-W4A4, W4A4_GROUPED = (_template(LINEAR_W4A4, True, grouped) for grouped in (False, True))
-TEMPLATES = (W4A8_BLOCK, W4A8_BLOCK_GROUPED, W4A4, W4A4_GROUPED)
+W4A8_BLOCK = tuple(_template(LINEAR_W4A8_BLOCK, False, group) for group in (None, *GROUPS))
+W4A4 = tuple(_template(LINEAR_W4A4, True, group) for group in (None, *GROUPS))
+"""For scales of whole output channels, of groups of 128 and of groups of 64."""
+TEMPLATES = (*W4A8_BLOCK, *W4A4)

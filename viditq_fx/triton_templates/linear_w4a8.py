@@ -7,7 +7,9 @@ weight j + HALF high (`ops/pack.py`), so one tile of bytes is two tiles of K and
 
     low  = (byte << 4) >> 4        high = byte >> 4        (arithmetic shifts of int8 extend the sign)
 
-Sums are exact in int32 on the integer tensor cores; with groups each partial sum is, and they are added in fp32.
+Sums are exact in int32 on the integer tensor cores; with groups each partial sum is, and they are added in fp32. HALF
+is a multiple of 64, so a tile of 64 bytes lies in one group of 64 or 128, low and high; one of 128 bytes only where
+128 divides HALF, and in a group of 128.
 
 Layouts: x_MK int8 row-major, w uint8 [N, HALF] row-major, s_M and s_N (or s_GN) fp32, bias_N any float dtype.
 """
@@ -24,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from viditq_fx.ops.linear_w4a8 import LINEAR_W4A8
-from viditq_fx.scheme import GROUP, half_width
+from viditq_fx.scheme import group_of, half_width
 from viditq_fx.triton_templates.base import (
     GemmConfig,
     KernelTemplate,
@@ -149,6 +151,7 @@ def constants(
     """The kernel's compile-time constants for one shape; `group` is 0 for one scale per output channel."""
     half = half_width(depth)
     assert half % config.block_k == 0, f"config {config} does not divide half of K = {depth}"
+    assert group == 0 or group % config.block_k == 0, f"config {config} has tiles in two groups of {group}"
     fixed = shape_constants(config, rows, width, depth)
     return fixed | {"EVEN_K": depth == 2 * half, "HALF": half, "GROUP": group, "SWAP": config.swap}
 
@@ -166,9 +169,11 @@ def launch(
     """Run the kernel by itself, without Inductor: shapes as in `viditq::linear_w4a8`. For tests and benchmarks."""
     x_MK, s_M = x_q.reshape(-1, x_q.shape[-1]).contiguous(), x_scale.reshape(-1).contiguous()
     (rows, depth), width = x_MK.shape, w_q.shape[0]
+    group = group_of(w_scale.shape[0], depth) if w_scale.dim() == 2 else 0
+    assert group is not None, f"no groups of K = {depth} have so many scales"
     y_MN = torch.empty(rows, width, dtype=out_dtype, device=x_q.device)
     options: dict[str, Any] = {"num_stages": config.num_stages, "num_warps": config.num_warps}
-    options |= constants(config, None, width, depth, group=GROUP if w_scale.dim() == 2 else 0)
+    options |= constants(config, None, width, depth, group=group)
     options |= {"N": width, "K": depth, "HAS_BIAS": bias is not None}
     options["INDEX_DTYPE"] = tl.int32 if y_MN.numel() < 2**31 else tl.int64
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)
@@ -182,13 +187,13 @@ def launch(
 
 
 def _fits(config: GemmConfig, problem: LinearProblem) -> bool:
-    """Whether tiles divide half of K, so that w needs no mask and no tile lies in two groups."""
+    """Whether tiles divide half of K, so that w needs no mask and no tile of a template's lies in two groups."""
     return half_width(problem.depth) % config.block_k == 0
 
 
-def _supports(problem: LinearProblem, grouped: bool) -> str | None:
-    if problem.grouped != grouped:
-        return "it is for scales " + ("of groups" if grouped else "of whole output channels")
+def _supports(problem: LinearProblem, group: int | None) -> str | None:
+    if problem.group != group:
+        return "it is for scales of " + (f"groups of {group}" if group else "whole output channels")
     return why_no_int8(problem)
 
 
@@ -244,11 +249,17 @@ _GROUPED = {
     ),
 }
 
+# A group of 64 lies in no deeper tile. On sm_80 its 64x64 spills.
+_GROUPS_OF_64 = {
+    **{arch: tuple(c for c in wide if c.block_k == 64) for arch, wide in _GROUPED.items()},
+    80: (*_GROUPED[80][:2], _tile(32, 128, 64, 4, 4, 0.55)),
+}
 
-def _template(name: str, group: int, wide: dict[int, tuple[GemmConfig, ...]]) -> KernelTemplate:
+
+def _template(group: int | None, wide: dict[int, tuple[GemmConfig, ...]]) -> KernelTemplate:
     skinny = {80: _SKINNY, 89: _SKINNY, 90: _SKINNY_SWAPPED, 100: _SKINNY_SWAPPED}
     return KernelTemplate(
-        name=name,
+        name="linear_w4a8" + (f"_g{group}" if group else ""),
         ops=(LINEAR_W4A8,),
         source_file=Path(__file__),
         kernel="linear_w4a8_kernel",
@@ -256,14 +267,13 @@ def _template(name: str, group: int, wide: dict[int, tuple[GemmConfig, ...]]) ->
             *((arch, "skinny", configs) for arch, configs in skinny.items()),
             *((arch, "wide", configs) for arch, configs in wide.items()),
         ),
-        supports=partial(_supports, grouped=group != 0),
-        constants=partial(constants, group=group),
+        supports=partial(_supports, group=group),
+        constants=partial(constants, group=group or 0),
         depth_of="x",
         fits=_fits,
     )
 
 
-TEMPLATE = _template(
-    "linear_w4a8", 0, {80: _AMPERE_AND_ADA, 89: _AMPERE_AND_ADA, 90: _HOPPER, 100: _BLACKWELL}
-)
-TEMPLATE_GROUPED = _template("linear_w4a8_g128", GROUP, _GROUPED)
+TEMPLATE = _template(None, {80: _AMPERE_AND_ADA, 89: _AMPERE_AND_ADA, 90: _HOPPER, 100: _BLACKWELL})
+TEMPLATE_G128, TEMPLATE_G64 = _template(128, _GROUPED), _template(64, _GROUPS_OF_64)
+TEMPLATES = (TEMPLATE, TEMPLATE_G128, TEMPLATE_G64)
