@@ -18,21 +18,21 @@ def recipe_of(model, scheme, rotation):
     return vq.calibrate(model, steps, scheme=scheme, balance=0.5, rotation=rotation, random_signs=True)
 
 
-def ran(model, inputs, **options):
+def ran(model, inputs, dynamic=False, **options):
     """(output, report) of a compiled call."""
     torch._dynamo.reset()
     with torch.no_grad(), executions() as calls:
-        result = compiled(model, options=options, fullgraph=True)(*inputs)
+        result = compiled(model, options=options, fullgraph=True, dynamic=dynamic)(*inputs)
     return result, calls[0].report
 
 
-def check(scheme, rotation, matches, monkeypatch, layers=LAYERS):
+def check(scheme, rotation, matches, monkeypatch, layers=LAYERS, dynamic=False):
     model, inputs = tiny_dit(layers), tiny_inputs()
     followed = recipe_of(model, scheme, rotation)
-    got, report = ran(model, inputs, recipe=followed, strict=True)
+    got, report = ran(model, inputs, dynamic, recipe=followed, strict=True)
     with monkeypatch.context() as patch:
         patch.setattr(FoldBalance, "run", lambda self, gm, ctx: ())
-        want, before = ran(model, inputs, recipe=followed, strict=True)
+        want, before = ran(model, inputs, dynamic, recipe=followed, strict=True)
     assert relative_error(got, want) < 10 ** (-45 / 20)
     with torch.no_grad():
         assert relative_error(got, model(*inputs)) < 0.15
@@ -73,6 +73,11 @@ def test_every_group_that_a_norm_feeds_is_folded(scheme, rotation, groups, monke
 @pytest.mark.slow
 def test_so_it_is_in_what_inductor_makes(monkeypatch):
     check("w8a8", "on", 2, monkeypatch, layers=1)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_sizes_that_differ_from_call_to_call_are_no_obstacle(monkeypatch):
+    check("w8a8", "on", 2, monkeypatch, layers=1, dynamic=True)
 
 
 @pytest.mark.usefixtures("without_inductor")
