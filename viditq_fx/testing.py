@@ -17,6 +17,7 @@ from viditq_fx.passes.extra import Anchored, Order
 from viditq_fx.passes.pattern import Example, Rewrite
 from viditq_fx.passes.pipeline import PassPipeline, default_passes
 from viditq_fx.passes.verify import verify
+from viditq_fx.recipe import Recipe
 from viditq_fx.scheme import QuantScheme
 
 
@@ -37,7 +38,7 @@ def check_example(rewrite: Rewrite | Anchored, example: Example, *, rtol: float 
     Raises AssertionError for what is not so, VerifyError for a broken invariant.
     """
     step, who = _step_of(rewrite), f"{_step_of(rewrite).name}: {example.label}"
-    graph = prepared(example.program, *example.inputs(), upto=rewrite)
+    graph = prepared(example.program, *example.inputs(), upto=rewrite, recipe=example.recipe)
     before, nodes = graph.run(), targets(graph.gm)
     results = step.run(graph.gm, graph.ctx)
     matches = sum(isinstance(result, Match) for result in results)
@@ -71,19 +72,23 @@ class Prepared:
         """The graph's results, as it is now."""
         self.gm.recompile()
         names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
+        given = self.values | {slot.name: slot.value for slot in self.ctx.constant_slots}
         with torch.no_grad():
-            return self.gm(*(self.values[name] for name in names))
+            return self.gm(*(given[name] for name in names))
 
 
-def prepared(program: Callable[..., Any], *inputs: Any, upto: Rewrite | Anchored | str) -> Prepared:
+def prepared(
+    program: Callable[..., Any], *inputs: Any, upto: Rewrite | Anchored | str, recipe: Recipe | None = None
+) -> Prepared:
     """The graph of `program(*inputs)` as the passes before `upto` leave it.
 
-    A function's tensors but the first are held by a module: only a parameter is packed as a weight.
+    A function's tensors but the first are held by a module: only a parameter is packed as a weight. Without a recipe
+    all linears are w8a8.
     """
     module = program if isinstance(program, nn.Module) else as_module(program, *inputs)
     args = inputs if isinstance(program, nn.Module) else inputs[:1]
     gm, values = capture(module, *args)
-    ctx = PassContext(scheme=QuantScheme.parse("w8a8"))
+    ctx = PassContext(scheme=QuantScheme.parse("w8a8") if recipe is None else recipe.scheme, recipe=recipe)
     order = Order(default_passes())
     name = upto if isinstance(upto, str) else _step_of(upto).name
     if name not in [step.name for step in order.passes]:

@@ -19,6 +19,7 @@ from viditq_fx.passes.base import Match, PassContext
 from viditq_fx.passes.insert_qdq import SCHEME_KEY
 from viditq_fx.passes.pattern import Rewrite
 from viditq_fx.passes.pipeline import PassPipeline, default_passes
+from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.runtime import WeightArgument
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.testing import as_module, capture
@@ -73,6 +74,17 @@ def rearranged():
     return Rearranged().eval().requires_grad_(False)
 
 
+def balancing():
+    """A recipe that balances the channels of every linear of a block of tiny_dit."""
+    plans = {
+        f"blocks.0.{name}": SitePlan(
+            scheme=QuantScheme.parse("w8a8"), multiplier=torch.linspace(-2.0, -0.5, width)
+        )
+        for name, width in {"q": 64, "k": 64, "v": 64, "out": 64, "up": 64, "down": 256}.items()
+    }
+    return Recipe(scheme=QuantScheme.parse("w8a8"), sites=plans)
+
+
 def of_zoo(name):
     """A tiny diffusion transformer of diffusers and the arguments of one call."""
     pytest.importorskip("diffusers")
@@ -94,12 +106,14 @@ def of_zoo(name):
 
 MODELS = {
     "tiny dit": lambda: (tiny_dit(2), tiny_inputs()),
+    "balanced": lambda: (tiny_dit(1), tiny_inputs()),
     "gated": lambda: (gated(), (torch.randn(2, 40, 64), torch.randn(2, 34, 64))),
     "rearranged": lambda: (rearranged(), (torch.randn(2, 40, 64), torch.randn(2, 34, 64))),
     "flux": lambda: of_zoo("flux_dev"),
     "wan": lambda: of_zoo("wan"),
     "stable audio": lambda: of_zoo("stable_audio"),
 }
+RECIPES = {"balanced": balancing()}
 SLOW = {"flux", "wan", "stable audio"}
 
 
@@ -107,20 +121,20 @@ SLOW = {"flux", "wan", "stable audio"}
     scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MODELS]
 )
 def captured(request):
-    """(graph, values of its placeholders) of one model; tests work on copies."""
+    """(graph, values of its placeholders, recipe) of one model; tests work on copies."""
     torch._dynamo.reset()
     torch.manual_seed(1)
     model, args = MODELS[request.param]()
-    return capture(model, *args)
+    return *capture(model, *args), RECIPES.get(request.param)
 
 
 class Prepared:
     """A copy of a captured graph as the passes before one leave it."""
 
     def __init__(self, captured, step, scheme="w8a8"):
-        graph, self.values = captured
+        graph, self.values, recipe = captured
         self.gm = copy_graph_module(graph)
-        self.ctx = PassContext(scheme=QuantScheme.parse(scheme), attention="int8")
+        self.ctx = PassContext(scheme=QuantScheme.parse(scheme), attention="int8", recipe=recipe)
         index = [known.name for known in PASSES].index(step.name)
         PassPipeline(passes=PASSES[:index]).run(self.gm, self.ctx)
 
@@ -134,6 +148,7 @@ class Prepared:
                 indices=indices, names=slot.sources, form=slot.form, frees_source=slot.frees_source
             )
             values[slot.quantized], values[slot.scale] = packing.packed(list(self.values.values()))
+        values |= {slot.name: slot.value for slot in self.ctx.constant_slots}
         for slot in self.ctx.bias_slots:
             values[slot.joined] = joined_bias([self.values[name] for name in slot.sources])
         self.gm.recompile()
@@ -183,7 +198,7 @@ def test_a_second_run_changes_nothing_in_any_example(example):
     module = program if is_module else as_module(program, *inputs)
     graph = capture(module, *(inputs if is_module else inputs[:1]))
     for step in PASSES:
-        check_second_run(Prepared(graph, step), step)
+        check_second_run(Prepared((*graph, example.recipe), step), step)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a7", "w4a8", "w4a8-g128"])
@@ -202,7 +217,7 @@ def test_every_pass_has_something_to_do_here(step):
         if name in SLOW:
             continue
         model, args = MODELS[name]()
-        prepared = Prepared(capture(model, *args), step)
+        prepared = Prepared((*capture(model, *args), RECIPES.get(name)), step)
         before = copy.deepcopy(prepared.state())
         step.run(prepared.gm, prepared.ctx)
         if prepared.state() != before:

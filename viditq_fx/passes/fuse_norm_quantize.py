@@ -75,14 +75,19 @@ def unmodulated(norm: Expression) -> Expression:
     return norm
 
 
-_NORMS = (layer_norm, rms_norm, spelled_rms_norm_affine, spelled_rms_norm)
-_MODULATIONS = (scale_and_shift, scale_only, factor_and_shift, factor_only, shift_only, unmodulated)
+NORMS = (layer_norm, rms_norm, spelled_rms_norm_affine, spelled_rms_norm)
+MODULATIONS = (scale_and_shift, scale_only, factor_and_shift, factor_only, shift_only, unmodulated)
 _SHORT = {"unmodulated": "", "shift_only": "+shift"}
 
 
-def _pattern(norm: Callable[[Expression], Expression], modulation: Callable[..., Expression]) -> Pattern:
+def label_of(norm: Callable[[Expression], Expression], modulation: Callable[..., Expression]) -> str:
+    """What a report calls one of NORMS and one of MODULATIONS: "layer_norm+modulate"."""
     label = norm.__name__.removeprefix("spelled_").removesuffix("_affine")
-    name = label + _SHORT.get(modulation.__name__, "+modulate")
+    return label + _SHORT.get(modulation.__name__, "+modulate")
+
+
+def _pattern(norm: Callable[[Expression], Expression], modulation: Callable[..., Expression]) -> Pattern:
+    name = label_of(norm, modulation)
     inner = Pattern.of(modulation, norm(variable("x")), name=name)
     return Pattern(name, quantized(inner.expression))
 
@@ -109,7 +114,7 @@ class FuseNormQuantize(QuantizeRewrite):
 
     name: ClassVar[str] = "fuse_norm_quantize"
     changes_numerics: ClassVar[bool] = True
-    patterns: ClassVar[tuple[Pattern, ...]] = tuple(_pattern(n, m) for n, m in product(_NORMS, _MODULATIONS))
+    patterns: ClassVar[tuple[Pattern, ...]] = tuple(_pattern(n, m) for n, m in product(NORMS, MODULATIONS))
     examples: ClassVar[tuple[Example, ...]] = (
         Example(
             label="adaLN then linear",

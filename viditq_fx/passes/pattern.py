@@ -23,6 +23,7 @@ from viditq_fx.passes.annotate_sites import SITE_KEY, fqn_of_node
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.effects import Writes, is_hidden_write, is_mutation, written_inputs
 from viditq_fx.passes.spelling import constant, see_through, spelling
+from viditq_fx.recipe import Recipe
 from viditq_fx.site import Site
 
 # ------------------------------------------------------------------------------------- expressions
@@ -86,6 +87,11 @@ def call(kind: str, *operands: Expression) -> Expression:
     return Expression(kind, operands)
 
 
+def whole(name: str, value: Expression) -> Expression:
+    """A value that matches, bound to `name` as it stands: it stays, so that others may read it and what is inside."""
+    return Expression("whole", (value,), name)
+
+
 def quantized(value: Expression) -> Expression:
     """What `insert_qdq` put before a linear: quantize_per_token(value, bits)."""
     return call("quantize_per_token", value)
@@ -126,6 +132,10 @@ def _match(expression: Expression, value: Any, found: Found) -> Iterator[Found]:
     """Every way to match; `found` is never changed, each way is a copy."""
     if expression.kind == "variable":
         yield from _bind(expression.name, value, found)
+        return
+    if expression.kind == "whole":
+        if next(_match(expression.operands[0], value, found), None) is not None:
+            yield from _bind(expression.name, value, found)
         return
     if expression.kind in {"number", "one"}:
         value = constant(value)
@@ -197,6 +207,8 @@ class Example:
     matches: int
     reason: str = ""
     """Part of the Reject's reason where `matches` is 0 and the rewrite says why."""
+    recipe: Recipe | None = None
+    """What the linears are quantized by; site "" is a function's. None: w8a8 throughout."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import Match, Pass, PassContext, Reject
 from viditq_fx.passes.checkpoint import Checkpoint
 from viditq_fx.passes.extra import Anchored, Order, after, before
+from viditq_fx.passes.fold_balance import FoldBalance
 from viditq_fx.passes.fuse_activation_quantize import FuseActivationQuantize
 from viditq_fx.passes.fuse_linear import FuseLinear
 from viditq_fx.passes.fuse_norm_quantize import FuseNormQuantize
@@ -140,6 +141,7 @@ def default_passes() -> tuple[Pass, ...]:
         LinearizeConvolutions(),
         InsertQdq(),
         FuseLinear(),
+        FoldBalance(),
         HoistQuantize(),
         FuseNormQuantize(),
         FuseActivationQuantize(),
