@@ -47,7 +47,9 @@ def recipe(scheme, **fields):
     return Recipe(scheme=QuantScheme.parse(scheme), sites=sites, edges=(500.0,), timestep="timestep")
 
 
-@pytest.mark.parametrize("name", [*available_schemes(), "w4a4", "w8a8-static", "w6a8-asym-rot-timestep"])
+@pytest.mark.parametrize(
+    "name", [*available_schemes(), "w4a4", "w8a8-static", "w6a8-asym-rot-timestep", "w4a8-position"]
+)
 def test_names_read_back(name):
     assert str(QuantScheme.parse(name)) == name
     assert QuantScheme.parse(name.upper()) == QuantScheme.parse(name)
@@ -55,7 +57,19 @@ def test_names_read_back(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["w4a8-g64", "w8a8-g128", "w4a8-asym-bgr", "w8a8-block", "w5a8", "fp8-rot", "w4a8-", "w4a4-block-static"],
+    [
+        "w4a8-g64",
+        "w8a8-g128",
+        "w4a8-asym-bgr",
+        "w8a8-block",
+        "w5a8",
+        "fp8-rot",
+        "w4a8-",
+        "w4a4-block-static",
+        "w8a8-static-position",
+        "w4a8-block-position",
+        "fp8-position",
+    ],
 )
 def test_what_is_no_scheme_says_what_is(name):
     with pytest.raises(SchemeError, match="g128"):
