@@ -60,9 +60,9 @@ class Trial:
     def _quantized(self, multiplier_K: Tensor | None, rotation: int) -> tuple[Tensor, Tensor]:
         """Integers and scales of the rows; the largest of those at hand stands for a static range.
 
-        By position it is the largest of all rows: they do not know theirs. What a scale by position loses lies between
-        that and a scale for each row, nearer to the first: each has to hold its position's largest value of all steps
-        and samples, and it is from step to step that inputs differ most.
+        By position it is the largest of all rows, which do not know theirs. What is lost lies between that and a scale
+        for each row; a scale by position has to hold all steps and samples, so what differs by step, as most does in
+        such models, is lost to it as to one scale. Scales for each row would not weigh that at all.
         """
         if multiplier_K is not None:
             multiplier_K = multiplier_K.to(self._x_RK.device)
