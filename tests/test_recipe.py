@@ -14,7 +14,7 @@ import viditq_fx as vq
 from tests.small_models import tiny_dit
 from viditq_fx.recipe_file import read_recipe, write_recipe
 
-W4, STEP = vq.QuantScheme.parse("w4a8-rot"), vq.QuantScheme.parse("w8a8-timestep")
+W4, STEP, PLACE = map(vq.QuantScheme.parse, ("w4a8-rot", "w8a8-timestep", "w8a8-position"))
 
 
 def recipe():
@@ -26,6 +26,7 @@ def recipe():
             "blocks.0.k": vq.SitePlan(scheme=W4, multiplier=shared, rotation=16, reason='best of "four" · ∅'),
             "blocks.0.q": vq.SitePlan(scheme=W4, multiplier=shared, rotation=16),
             "blocks.0.up": vq.SitePlan(scheme=STEP, input_scale=torch.tensor([0.1, 1e-30, 3.0])),
+            "blocks.0.out": vq.SitePlan(scheme=PLACE, input_scale=torch.tensor([0.5, 0.25])),
             "head": vq.SitePlan(scheme=None),
             "../../etc/passwd\n": vq.SitePlan(scheme=vq.QuantScheme.parse("dvd-w4a4")),
         },
@@ -192,6 +193,12 @@ def test_tensors_that_no_site_can_have(tmp_path, tensor, message):
         changed(tmp_path, lambda d: None, {"blocks.0.up:input_scale": -torch.ones(3)}),
         "'input_scale' is above 0",
     )
+    name = "blocks.0.out:input_scale"
+    for value in (torch.ones(()), torch.ones(0), torch.ones(2, 1)):
+        message = f"'input_scale' has shape {tuple(value.shape)}; scheme w8a8-position"
+        refused(changed(tmp_path, lambda d: None, {name: value}), "'blocks.0.out'", message)
+    changed(tmp_path, lambda d: None, {name: torch.ones(7)})
+    assert len(vq.Recipe.load(tmp_path / "bad").sites["blocks.0.out"].input_scale) == 7
 
 
 def test_a_header_that_promises_too_much(tmp_path):

@@ -53,6 +53,7 @@ READ_BACK = [
     "w6a8-asym-rot-timestep",
     "w4a8-g64-asym-static",
     "w4a4-g64-bgr-rot-block-svd16",
+    "w4a8-position",
 ]
 
 
@@ -64,7 +65,19 @@ def test_names_read_back(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["w4a8-g32", "w8a8-g128", "w4a8-asym-bgr", "w8a8-block", "w5a8", "fp8-rot", "w4a8-", "w4a4-block-static"],
+    [
+        "w4a8-g32",
+        "w8a8-g128",
+        "w4a8-asym-bgr",
+        "w8a8-block",
+        "w5a8",
+        "fp8-rot",
+        "w4a8-",
+        "w4a4-block-static",
+        "w8a8-static-position",
+        "w4a8-block-position",
+        "fp8-position",
+    ],
 )
 def test_what_is_no_scheme_says_what_is(name):
     with pytest.raises(SchemeError, match="g128"):

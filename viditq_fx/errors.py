@@ -37,3 +37,12 @@ class KernelBuildError(RuntimeError):
 
 class VerifyError(AssertionError):
     """A pass left the graph in a state that breaks an invariant: a bug of ours or of an extra pass."""
+
+
+def other_positions(where: str, known: int, read: object) -> RecipeError:
+    """The error of a site that reads sequences of other lengths than its scheme `-position` has scales for."""
+    return RecipeError(
+        f"{where}: the recipe has input scales for {known} positions of a token, and here it reads {read}; "
+        "calibrate at the resolution, number of frames and text length that you run, or choose a scheme with '-static' "
+        "or with scales found at run time"
+    )

@@ -33,7 +33,8 @@ def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> Site
         raise RecipeError(
             f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}"
         )
-    if plan.scheme.calibrated and plan.input_scale is None:
+    dims = None if plan.input_scale is None else plan.input_scale.dim()
+    if plan.scheme.calibrated and dims != (0 if plan.scheme.input_range == "static" else 1):
         raise RecipeError(
             f"{name}: scheme {str(plan.scheme)!r} takes its input's scale from calibration: pass a recipe of "
             "viditq_fx.calibrate(model, run, scheme=...)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -63,11 +65,27 @@ class QuantPointwiseConv(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, K, *S] (or [K, *S]) of a float dtype -> [B, N, *S], see QuantLinear.forward."""
         channel = -1 - len(self.kernel_size)
-        y = super().forward(x.movedim(channel, -1).contiguous()).movedim(-1, channel)
+        tokens = x.movedim(channel, -1).contiguous()
+        if self._reads_all_positions(tokens):
+            y = super().forward(tokens.reshape(-1, math.prod(tokens.shape[channel:-1]), tokens.shape[-1]))
+            y = y.reshape(*tokens.shape[:-1], self.out_features)
+        else:
+            y = super().forward(tokens)
+        y = y.movedim(-1, channel)
         form = _IMAGE_FORMATS.get(x.dim())
         if form is not None and x.is_contiguous(memory_format=form) and not x.is_contiguous():
             return y
         return y.contiguous()
+
+    def _reads_all_positions(self, tokens: Tensor) -> bool:
+        """Whether scales by position are of all of an image [..., *S, K], and not of its last axis alone.
+
+        They are where calibration saw the linear read the tokens that the image was made of.
+        """
+        if self._input_scale is None or self.scheme.input_range != "position":
+            return False
+        known, space = self._input_scale.shape[0], tokens.shape[-1 - len(self.kernel_size) : -1]
+        return known != space[-1] and known == math.prod(space)
 
 
 def why_not_pointwise(conv: Convolution) -> str | None:

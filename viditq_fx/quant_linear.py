@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.fx.traceback import annotate
 
 from viditq_fx import ops
-from viditq_fx.errors import RecipeError, ViditqError, WeightError
+from viditq_fx.errors import RecipeError, ViditqError, WeightError, other_positions
 from viditq_fx.layer_plan import Packed, complete_plan, form_of
 from viditq_fx.ops.blocked import adopt, is_owned, keep_plain, own, plain_weight, resident_bytes, restore
+from viditq_fx.ops.static_scale import positions_of
 from viditq_fx.ops.weight_forms import (
     Stored,
     dequantize_weight,
@@ -70,10 +71,11 @@ class QuantLinear(nn.Module):
     weights `weight_q` is uint8 [N, H], two to a byte (ops/pack.py); with groups `weight_scale` is [G, N]. With a grid
     there is `weight_zero`, shaped as the scales, int8 for 4-bit weights (fp32 ones of older files are read too); where
     the input is balanced or rotated first, `input_multiplier` fp32 [K] and `rotation` int64 [], the block; with a
-    low-rank branch `branch_down` [r, K] and `branch_up` [N, r]; `input_scale` fp32 [] or [T] from calibration, with
-    `input_edges` fp32 [T - 1] between the T ranges of the timestep; and `scheme` uint8 [characters], the scheme's name:
-    weights of another scheme are not loaded, of one that differs in the input alone they are, and scales of other
-    ranges are not. A full-precision `weight` in a state dict that is loaded is quantized on the way in.
+    low-rank branch `branch_down` [r, K] and `branch_up` [N, r]; from calibration `input_scale` fp32 [], [T] with
+    `input_edges` fp32 [T - 1] between the T ranges of the timestep, or [S] for the S positions of a token in
+    x [..., S, K]; and `scheme` uint8 [characters], the scheme's name: weights of another scheme are not loaded, of one
+    that differs in the input alone they are, and scales of other ranges or bits are not. A full-precision
+    `weight` in a state dict that is loaded is quantized on the way in.
 
     `weight`, `weight_q` and what `state_dict` returns are values to read: a write into them (also
     through `.data`) need not reach the layer. Load a state dict to change its weight.
@@ -179,7 +181,7 @@ class QuantLinear(nn.Module):
         if torch.compiler.is_compiling():
             self._keep_plain_for_export()
         x_q, x_scale = quantize_input(
-            x, self.scheme, self._input_multiplier, self.rotation, self._scale_now()
+            x, self.scheme, self._input_multiplier, self.rotation, self._scale_now(x)
         )
         arguments = (self.scheme, x, x_q, x_scale, self._stored(), self.bias, dtype)
         if not torch.compiler.is_compiling():
@@ -203,8 +205,12 @@ class QuantLinear(nn.Module):
         whole = dequantize_weight(stored, self.in_features, self._form(), self.weight_dtype)
         return whole.reshape(self._weight_shape)
 
-    def _scale_now(self) -> Tensor | None:
-        """The calibrated scale of this call; None where scales are found at run time."""
+    def _scale_now(self, x: Tensor) -> Tensor | None:
+        """The calibrated scale of this call of x [..., K]; None where scales are found at run time."""
+        if self._input_scale is not None and self.scheme.input_range == "position":
+            if positions_of(x) != self._input_scale.shape[0]:
+                raise other_positions(self.extra_repr(), self._input_scale.shape[0], positions_of(x))
+            return self._input_scale
         if self._input_scale is None or self.scheme.input_range != "timestep":
             return self._input_scale
         if self.clock is None:
@@ -306,7 +312,8 @@ class QuantLinear(nn.Module):
     def _load_weight(self, found: dict[str, Tensor], assign: bool) -> str | None:
         """Take what a state dict holds for the weight; returns why not, and then nothing is changed."""
         told, edges = found.pop("scheme", None), found.pop("input_edges", None)  # earlier versions saved none
-        problem = self._why_not_load(found, assign) or why_other_weight(told, self.scheme)
+        problem = self._why_not_load(found, assign)
+        problem = problem or why_other_weight(told, self.scheme, scaled="input_scale" in found)
         problem = problem or (self.clock.why_other(edges) if self.clock is not None else None)
         if problem is not None:
             return problem

@@ -33,7 +33,8 @@ class SitePlan:
     rotation: int = 1
     """Block of the Hadamard rotation, a power of 4 that divides K; 1 is none."""
     input_scale: Tensor | None = None
-    """fp32, of x' / its integers: [] for a static range, [T] for T ranges of the timestep; None: found at run time."""
+    """fp32, of x' / its integers: [] for a static range, [T] for T ranges of the timestep, [S] for the S positions of a
+    token in its sequence (x [..., S, K]; 1 where x is [B, K]); None: found at run time."""
     reason: str | None = None
     """Why this was chosen, for the report."""
     by_range: tuple[QuantScheme, ...] = ()
@@ -127,7 +128,7 @@ class Recipe:
             if own is not None and own.calibrated:
                 raise RecipeError(
                     f"{path}: its input scale comes from calibration for {own}, so its bits cannot change from step to "
-                    "step; calibrate for a scheme without -static and -timestep"
+                    "step; calibrate for a scheme without -static, -timestep and -position"
                 )
             if own is not None and not own.floating:
                 own = replace(own, input_bits=scheme.input_bits)
@@ -265,12 +266,9 @@ def _read_plan(
             raise fields.error(
                 f"blocks of 'rotation' {rotation} do not divide the {multiplier.numel()} channels"
             )
-    wanted = {"dynamic": None, "static": (), "timestep": (scales,)}[
-        scheme.input_range if scheme else "dynamic"
-    ]
-    found = None if scale is None else tuple(scale.shape)
-    if found != wanted:
-        raise fields.error(f"'input_scale' has shape {found}; scheme {scheme} with these edges has {wanted}")
+    problem = _scale_problem(scheme, scale, scales)
+    if problem is not None:
+        raise fields.error(problem)
     if scale is not None and bool((scale <= 0).any()):
         raise fields.error("'input_scale' is above 0")
     plan = SitePlan(
@@ -285,6 +283,19 @@ def _read_plan(
     if problem is not None:
         raise fields.error(problem)
     return plan
+
+
+def _scale_problem(scheme: QuantScheme | None, scale: Tensor | None, ranges: int) -> str | None:
+    """What is wrong with the shape of a site's input scales under its scheme; None if nothing."""
+    kind = "dynamic" if scheme is None else scheme.input_range
+    found = None if scale is None else tuple(scale.shape)
+    if kind == "position":
+        fits = scale is not None and scale.dim() == 1 and scale.numel() > 0
+        wanted = "one number or more, one for each position"
+    else:
+        wanted = {"dynamic": None, "static": (), "timestep": (ranges,)}[kind]
+        fits = found == wanted
+    return None if fits else f"'input_scale' has shape {found}; scheme {scheme} with these edges has {wanted}"
 
 
 def _read_shapes(fields: Fields) -> dict[str, tuple[int, int]]:

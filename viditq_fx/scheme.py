@@ -20,7 +20,7 @@ ZERO_BITS = 4
 """Most bits of weights whose zero points take a byte; those of wider ones are fp32."""
 WEIGHT_BITS = (8, 6, 4)
 INPUT_BITS = (8, 7, 6, 4)
-INPUT_RANGES = ("dynamic", "static", "timestep")
+INPUT_RANGES = ("dynamic", "static", "timestep", "position")
 _NAME = re.compile(r"^w([0-9]+)a([0-9]+)((?:-[a-z0-9]+)*)$")
 _ALIASES = {
     "dvd-w4a8": "w4a8-bgr-rot-block",
@@ -101,6 +101,7 @@ class QuantScheme:
         -svd16, -svd32   a low-rank branch in full precision beside the weight (SVDQuant)
         -static    one input scale for all tokens and steps, from calibration
         -timestep  one input scale for each range of the timestep, from calibration
+        -position  one input scale for each position of a token in its sequence, from calibration (per-token static)
 
     `w8a8` is the default. `w8a7` keeps one bit less of the input: CPU integer units without VNNI
     add pairs of products in 16 bits, which saturates with 8-bit inputs and is exact with 7.
@@ -228,6 +229,7 @@ _SUFFIXES: dict[str, dict[str, object]] = {
     "svd32": {"rank": 32},
     "static": {"input_range": "static"},
     "timestep": {"input_range": "timestep"},
+    "position": {"input_range": "position"},
 }
 _SHORT = {long: short for short, long in _ALIASES.items()}
 

@@ -21,18 +21,21 @@ BF16 = torch.bfloat16
 
 
 class FeedForward(torch.nn.Module):
-    """LayerNorm, up, GELU, down in w8a8-timestep: each scale is one entry of a table."""
+    """LayerNorm, up, GELU, down in w8a8-timestep, each scale one entry of a table; or in w8a8-position, all of it."""
 
-    def __init__(self, dim=1152, hidden=4608):
+    def __init__(self, kind, dim=1152, hidden=4608):
         super().__init__()
+        self.kind = kind
         for name, (width, depth) in {"up": (hidden, dim), "down": (dim, hidden)}.items():
             self.register_buffer(f"{name}_q", torch.empty(width, depth, dtype=torch.int8, device="cuda"))
             self.register_buffer(f"{name}_scale", torch.empty(width, device="cuda"))
             self.register_buffer(f"{name}_bias", torch.empty(width, dtype=BF16, device="cuda"))
-            self.register_buffer(f"{name}_table", torch.empty(20, device="cuda"))
+            self.register_buffer(f"{name}_table", torch.empty(1024, device="cuda"))
 
     def linear(self, x, name, bucket):
-        scale = torch.index_select(getattr(self, f"{name}_table"), 0, bucket)
+        scale = getattr(self, f"{name}_table")
+        if self.kind == "timestep":
+            scale = torch.index_select(scale, 0, bucket)
         pair = ops.QUANTIZE_STATIC.overload(x, scale, 8)
         weights = (getattr(self, f"{name}_{part}") for part in ("q", "scale", "bias"))
         return ops.LINEAR_W8A8.overload(*pair, *weights, BF16)
@@ -42,11 +45,11 @@ class FeedForward(torch.nn.Module):
         return self.linear(F.gelu(hidden, approximate="tanh"), "down", bucket)
 
 
-@pytest.mark.parametrize("cc", [80, 90])
-def test_the_up_projection_stores_integers(cc):
+@pytest.mark.parametrize(("cc", "kind"), [(80, "position"), (90, "timestep")])
+def test_the_up_projection_stores_integers(cc, kind):
     def make():
         bucket = torch.zeros(1, dtype=torch.int64, device="cuda")
-        return FeedForward(), torch.randn(2, 1024, 1152, device="cuda").to(BF16), bucket
+        return FeedForward(kind), torch.randn(2, 1024, 1152, device="cuda").to(BF16), bucket
 
     install()
     code, _ = cuda_code(make, cc, None)

@@ -10,6 +10,7 @@ from typing import Any
 from viditq_fx.calibration.groups import Group, group_sites
 from viditq_fx.calibration.ledger import Ledger
 from viditq_fx.calibration.options import CalibrationOptions
+from viditq_fx.calibration.positions import Positions
 from viditq_fx.calibration.progress import Progress
 from viditq_fx.calibration.ranks import from_every_rank, ranks
 from viditq_fx.calibration.resume import Resume, fingerprint
@@ -56,6 +57,7 @@ def observe(
         seed=options.seed,
         branches=options.branches,
         buckets=Buckets(limit=options.max_buckets),
+        positions=Positions() if options.scheme.input_range == "position" else None,
     )
     file, done = None, 0
     if resume is not None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from viditq_fx.calibration.positions import Positions
 from viditq_fx.calibration.reservoir import Reservoir
 from viditq_fx.calibration.statistics import Statistics, merged
 from viditq_fx.calibration.timesteps import Bucket, Buckets
@@ -63,6 +64,8 @@ class Ledger:
     seed: int
     branches: int
     buckets: Buckets
+    positions: Positions | None = None
+    """Given where every input has to have one number of positions."""
     inputs: dict[InputKey, InputRecord] = field(default_factory=dict)
     calls: int = 0
     _time: float | None = None
@@ -97,12 +100,17 @@ class Ledger:
         }
 
     def see(self, key: InputKey, x: Tensor) -> None:
-        """Count an input [..., K] of the call. Raises RecipeError where it has no `branches` equal parts."""
+        """Count an input [..., K] of the call.
+
+        Raises RecipeError where it has no `branches` equal parts, or other positions than before where those count.
+        """
         assert self._bucket is not None, "a graph ran outside of a call"
         record = self._record(key)
         x_MK = x.detach().reshape(-1, key.depth)
         if not x_MK.shape[0]:
             return
+        if self.positions is not None:
+            self.positions.see(key, x)
         if x_MK.shape[0] % self.branches:
             raise RecipeError(
                 f"calibrate: site {key.sites[0]!r} reads {x_MK.shape[0]} rows, which are no {self.branches} equal "

@@ -1,7 +1,10 @@
-"""Static input scales: the largest |x'| that each site reads, over all timesteps or by range of them, over qmax.
+"""Static input scales: the largest |x'| that a site reads over qmax, of all timesteps, by range of them or by position.
 
-x' = rotate(x * multiplier). Without a rotation max|x'| follows from the channels' own ranges; with one it does not,
-so the samples are run a second time, and the rotated rows are looked at.
+x' = rotate(x * multiplier). Without a rotation the largest of all rows, or of a range's, follows from the channels' own
+ranges. With one it does not, and what each position of a token reads follows from neither: then the samples are run a
+second time, and the rows of x' are looked at.
+
+Shapes: x [..., S, K], rows x_MK [M, K]; largest and scale [T] for T ranges of the timestep, [S] for S positions.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor
 from viditq_fx.calibration.balance import Transform
 from viditq_fx.calibration.groups import Group
 from viditq_fx.calibration.ledger import InputKey
+from viditq_fx.calibration.positions import Positions, mixed_positions
 from viditq_fx.calibration.statistics import cached_rows
 from viditq_fx.calibration.timesteps import Bucket, range_of
 from viditq_fx.errors import RecipeError
@@ -24,12 +28,14 @@ from viditq_fx.scheme import QuantScheme, largest_int
 
 
 @dataclass(eq=False, kw_only=True)
-class RotatedRanges:
-    """Hears the second run: max|x'| of every rotated input, fp32 [T] for T ranges of the timestep."""
+class TransformedRanges:
+    """Hears the second run: max|x'| of every input that has a transform here, fp32 [T], or [S] by position."""
 
     transforms: Mapping[InputKey, Transform]
     edges: tuple[float, ...]
+    by_position: bool = False
     largest: dict[InputKey, Tensor] = field(default_factory=dict)
+    _positions: Positions = field(default_factory=Positions)
     _range: int = 0
 
     def begin_call(self, timestep: float | None) -> None:
@@ -37,19 +43,28 @@ class RotatedRanges:
         self._range = range_of(self.edges, timestep)
 
     def see(self, key: InputKey, x: Tensor) -> None:
-        """Look at an input [..., K] of the call."""
+        """Look at an input [..., S, K] of the call. Raises RecipeError where positions count and S differs."""
         transform = self.transforms.get(key)
         if transform is None or not x.numel():
             return
+        if self.by_position:
+            positions = self._positions.see(key, x)
+            largest_S = self._rows(key, x, transform).reshape(-1, positions).amax(0)
+            known = self.largest.get(key)
+            self.largest[key] = largest_S if known is None else torch.maximum(known, largest_S)
+            return
+        if key not in self.largest:
+            self.largest[key] = torch.zeros(len(self.edges) + 1, device=x.device)
+        ranges = self.largest[key]
+        ranges[self._range] = torch.maximum(ranges[self._range], self._rows(key, x, transform).amax())
+
+    def _rows(self, key: InputKey, x: Tensor, transform: Transform) -> Tensor:
+        """max|x'| of each row of x, fp32 [M]."""
         multiplier = None if transform.multiplier is None else transform.multiplier.to(x.device)
         x_MK = x.detach().reshape(-1, key.depth)
         # Piece by piece: a rotated fp32 copy of the widest input would be the run's largest activation.
         pieces = (rotate(part, multiplier, transform.rotation) for part in cached_rows(x_MK))
-        largest = torch.stack([torch.maximum(part.amax(), -part.amin()) for part in pieces]).amax()
-        if key not in self.largest:
-            self.largest[key] = torch.zeros(len(self.edges) + 1, device=x.device)
-        ranges = self.largest[key]
-        ranges[self._range] = torch.maximum(ranges[self._range], largest)
+        return torch.cat([torch.maximum(part.amax(-1), -part.amin(-1)) for part in pieces])
 
 
 def static_scale(
@@ -57,22 +72,26 @@ def static_scale(
     transform: Transform,
     scheme: QuantScheme,
     buckets: Sequence[Bucket],
-    rotated: Mapping[InputKey, Tensor],
+    again: Mapping[InputKey, Tensor],
 ) -> Tensor:
-    """fp32 scales of a group's x', one for all ([]) or one for each bucket ([T]); a bucket unseen has the largest.
+    """fp32 scales of a group's x': one for all ([]), one for each bucket ([T]) or one for each position ([S]).
 
-    Raises RecipeError where the samples' second run did not show the site.
+    `again`: what the second run found. A bucket unseen, or a position of zeros alone, has the largest of all.
+    Raises RecipeError where the second run did not show the site, or its linears read sequences of several lengths.
     """
-    if transform.rotation > 1:
-        found = [rotated[record.key].cpu() for record in group.inputs if record.key in rotated]
+    if transform.rotation > 1 or scheme.input_range == "position":
+        found = [again[record.key].cpu() for record in group.inputs if record.key in again]
         if not found:
             raise RecipeError(
                 f"calibrate: site {group.sites[0]!r} was not reached when the samples were run again for its static "
                 "range: they have to make the same calls each time"
             )
+        sizes = {len(largest) for largest in found}
+        if len(sizes) > 1:
+            raise mixed_positions(group.sites, sizes)
         largest_T = torch.stack(found).amax(0)
     else:
         largest_T = torch.tensor([group.largest(bucket, transform.multiplier) for bucket in buckets])
     largest_T = torch.where(largest_T > 0, largest_T, largest_T.amax()).clamp(min=EPS)
     scale_T = largest_T / largest_int(scheme.input_bits)
-    return scale_T if scheme.input_range == "timestep" else scale_T.amax()
+    return scale_T.amax() if scheme.input_range == "static" else scale_T

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from viditq_fx.calibration.ledger import InputKey
+from viditq_fx.calibration.positions import mixed_positions
+
 
 def ranks() -> tuple[int, int]:
     """(this rank, how many there are): (0, 1) where torch.distributed is not initialised."""
@@ -29,10 +32,16 @@ def from_every_rank(mine: Any) -> list[Any]:
     return received
 
 
-def largest_of_ranks(values: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    """The elementwise maximum over all ranks of tensors by key; a rank need not have every key."""
-    whole: dict[Any, Tensor] = {}
+def largest_of_ranks(values: dict[InputKey, Tensor]) -> dict[InputKey, Tensor]:
+    """The elementwise maximum over all ranks of vectors by input; a rank need not have every one.
+
+    Raises RecipeError where ranks saw an input at other numbers of positions.
+    """
+    whole: dict[InputKey, Tensor] = {}
     for part in from_every_rank({key: value.cpu() for key, value in values.items()}):
         for key, value in part.items():
-            whole[key] = torch.maximum(whole[key], value) if key in whole else value
+            known = whole.setdefault(key, value)
+            if len(known) != len(value):
+                raise mixed_positions(key.sites, (len(known), len(value)))
+            whole[key] = torch.maximum(known, value)
     return whole

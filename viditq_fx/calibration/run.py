@@ -17,7 +17,7 @@ from viditq_fx.calibration.findings import Findings, observe, run_samples
 from viditq_fx.calibration.ledger import InputKey
 from viditq_fx.calibration.options import CalibrationOptions, read_options
 from viditq_fx.calibration.progress import Progress, close, progress_of
-from viditq_fx.calibration.ranges import RotatedRanges, static_scale
+from viditq_fx.calibration.ranges import TransformedRanges, static_scale
 from viditq_fx.calibration.ranks import largest_of_ranks, ranks
 from viditq_fx.calibration.samples import Samples
 from viditq_fx.calibration.watch import Watch
@@ -49,7 +49,8 @@ def calibrate(
 
     run: a function without arguments that makes the model be called, `lambda: pipe(prompt)`, or an iterable of such
         functions or of the model's arguments ((args, kwargs), a list or a dict). It runs without gradients and in full
-        precision; `model` may be compiled already. A static scheme with rotated sites runs it twice.
+        precision; `model` may be compiled already. A static scheme with rotated sites runs it twice, and so does a
+        "-position" one, for which every call has to be of one resolution, number of frames and text length.
     scheme, keep: as in `quantize_`.
     timestep: name of the argument of the model's forward that holds the timestep; by default "timestep", "timesteps"
         or "t". Its largest element counts. Calls are sorted into at most `max_buckets` ranges of those seen.
@@ -67,7 +68,8 @@ def calibrate(
     function: its own); all return the same recipe. Statistics take O(sites * buckets * K) memory, no activations.
 
     Raises RecipeError for wrong arguments, samples that never call the model or reach NaN, a missing timestep under
-    a "-timestep" scheme, or a `resume` folder of something else; SchemeError, OptionError for scheme and keep.
+    a "-timestep" scheme, several sequence lengths under a "-position" one, or a `resume` folder of something else;
+    SchemeError, OptionError for scheme and keep.
     """
     options = read_options(
         *(scheme, keep, balance, rotation, alpha, alpha_repo),
@@ -130,7 +132,14 @@ def _check_static(options: CalibrationOptions, watch: Watch, samples: Samples) -
             f"{type(watch.model).__name__}.forward has no argument timestep, timesteps or t; name the one that holds "
             "it (timestep='...'), or choose a static or dynamic scheme"
         )
-    if options.scheme.calibrated and options.rotation != "off" and samples.once:
+    if not (options.scheme.calibrated and samples.once):
+        return
+    if options.scheme.input_range == "position":
+        raise RecipeError(
+            f"calibrate: scheme {options.scheme} runs the samples a second time, to see each position of a token; give "
+            "a list or a function, not a generator"
+        )
+    if options.rotation != "off":
         raise RecipeError(
             f"calibrate: scheme {options.scheme} runs the samples a second time where sites are rotated; give a list "
             "or a function, not a generator, or rotation='off'"
@@ -153,14 +162,16 @@ def plan(
     for group in findings.groups:
         transforms.append(plan_transform(group, options, findings.buckets.items, edges))
         progress.advance()
-    rotated = (
-        _rotated_ranges(findings, transforms, edges, watch, samples, progress) if scheme.calibrated else {}
+    again = (
+        _seen_again(scheme, findings, transforms, edges, watch, samples, progress)
+        if scheme.calibrated
+        else {}
     )
     sites: dict[str, SitePlan] = {}
     for group, transform in zip(findings.groups, transforms, strict=True):
         ranges = None
         if scheme.calibrated:
-            ranges = static_scale(group, transform, scheme, findings.buckets.items, rotated)
+            ranges = static_scale(group, transform, scheme, findings.buckets.items, again)
         sites |= dict.fromkeys(group.sites, _site_plan(scheme, transform, ranges))
     if findings.unseen and ranks()[0] == 0:
         warnings.warn(
@@ -190,7 +201,8 @@ def _site_plan(scheme: QuantScheme, transform: Transform, ranges: Tensor | None)
     )
 
 
-def _rotated_ranges(
+def _seen_again(
+    scheme: QuantScheme,
     findings: Findings,
     transforms: Sequence[Transform],
     edges: tuple[float, ...],
@@ -198,16 +210,17 @@ def _rotated_ranges(
     samples: Samples,
     progress: Progress,
 ) -> dict[InputKey, Tensor]:
-    """Run the samples again for max|x'| of the rotated inputs, if there are any."""
+    """Run the samples again for max|x'| of the rotated inputs, or of all by position, if there are any."""
+    by_position = scheme.input_range == "position"
     wanted = {
         record.key: transform
         for group, transform in zip(findings.groups, transforms, strict=True)
         for record in group.inputs
-        if transform.rotation > 1
+        if by_position or transform.rotation > 1
     }
     if not wanted:
         return {}
-    sink = RotatedRanges(transforms=wanted, edges=edges)
+    sink = TransformedRanges(transforms=wanted, edges=edges, by_position=by_position)
     watch.sink = sink
     for _ in run_samples(watch, samples, progress, "measuring static ranges"):
         pass

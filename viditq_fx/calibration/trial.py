@@ -20,6 +20,7 @@ from viditq_fx.calibration.timesteps import range_of
 from viditq_fx.ops.linear import without_autocast
 from viditq_fx.ops.quantize import EPS
 from viditq_fx.ops.rotate import rotate
+from viditq_fx.ops.static_scale import QUANTIZE_STATIC
 from viditq_fx.ops.weight_forms import Multiplier, linear_in_scheme, quantize_input, quantize_weight
 from viditq_fx.scheme import QuantScheme, largest_int
 
@@ -35,11 +36,10 @@ class Trial:
         assert kept.rows_RK is not None, "calibration keeps rows wherever it searches"
         self._scheme = scheme
         device = group.linears[0].matrix.device
-        # One part for each range of the timestep: static scales belong to ranges.
-        ranges = torch.tensor([range_of(edges, t) if t == t else 0 for t in kept.timesteps])
-        order = torch.argsort(ranges, stable=True)
-        self._sizes = torch.bincount(ranges).tolist()
-        self._x_RK = kept.rows_RK.to(device, torch.float32)[order.to(device)]
+        # Static scales belong to ranges of the timestep; without edges there is one.
+        ranges = [range_of(edges, t) if t == t else 0 for t in kept.timesteps]
+        self._range_R, self._ranges = torch.tensor(ranges, device=device), len(edges) + 1
+        self._x_RK = kept.rows_RK.to(device, torch.float32)
         tried = (spread_rows(linear.matrix, TRIED_CHANNELS) for linear in group.linears)
         self._weights = [w_NK.to(device, torch.float32) for w_NK in tried]
         with without_autocast(self._x_RK):
@@ -58,21 +58,22 @@ class Trial:
         return (total / len(self._weights)) ** 0.5
 
     def _quantized(self, multiplier_K: Tensor | None, rotation: int) -> tuple[Tensor, Tensor]:
-        """Integers and scales of the rows; the largest of those at hand stands for a static range."""
+        """Integers and scales of the rows; the largest of those at hand stands for a static range.
+
+        By position it is the largest of all rows, which do not know theirs. What is lost lies between that and a scale
+        for each row; a scale by position has to hold all steps and samples, so what differs by step, as most does in
+        such models, is lost to it as to one scale. Scales for each row would not weigh that at all.
+        """
         if multiplier_K is not None:
             multiplier_K = multiplier_K.to(self._x_RK.device)
         if not self._scheme.calibrated:
             return quantize_input(self._x_RK, self._scheme, multiplier_K, rotation)
-        largest_R = rotate(self._x_RK, multiplier_K, rotation).abs().amax(-1)
-        sizes = self._sizes if self._scheme.input_range == "timestep" else [len(largest_R)]
-        qmax = largest_int(self._scheme.input_bits)
-        pairs = [
-            quantize_input(x, self._scheme, multiplier_K, rotation, largest.amax().clamp(min=EPS) / qmax)
-            for x, largest in zip(self._x_RK.split(sizes), largest_R.split(sizes), strict=True)
-            if len(x)
-        ]
-        q, scales = zip(*pairs, strict=True)
-        return torch.cat(q), torch.cat(scales)
+        rotated_RK = rotate(self._x_RK, multiplier_K, rotation)
+        largest_T = rotated_RK.new_zeros(self._ranges)
+        largest_T.scatter_reduce_(0, self._range_R, rotated_RK.abs().amax(-1), "amax")
+        scale_T = largest_T.clamp(min=EPS) / largest_int(self._scheme.input_bits)
+        # A scale for each row: all ranges in one call, however many there are.
+        return QUANTIZE_STATIC.overload(rotated_RK, scale_T[self._range_R], self._scheme.input_bits)
 
 
 def spread_rows(w_NK: Tensor, rows: int | None) -> Tensor:

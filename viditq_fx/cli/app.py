@@ -282,7 +282,9 @@ def calibrate(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for recipe.json and recipe.safetensors.")],
-    scheme: Annotated[str, typer.Option(help="e.g. w4a8, w8a8-static, w8a8-timestep or w4a8-rot.")] = "w4a8",
+    scheme: Annotated[
+        str, typer.Option(help="e.g. w4a8, w8a8-static, w8a8-timestep, w8a8-position or w4a8-rot.")
+    ] = "w4a8",
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Glob over module paths, or role, to keep in full precision."),

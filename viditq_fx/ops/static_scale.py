@@ -1,13 +1,14 @@
-"""Quantize by a scale that calibration found, and what a scale for blocks of a token is undone with.
+"""Quantize by scales that calibration found, and what a scale for blocks of a token is undone with.
 
-    quantize_static     q = clamp(round_half_even(x / s), -qmax, qmax)    one s for all tokens of a call
+    quantize_static     q = clamp(round_half_even(x / s), -qmax, qmax)    one s for all tokens of a call, or one for
+                                                                          each position of a token in its sequence
     dequantize_per_block   x ~= s[..., k // block] * q[..., k]
 
 Values beyond the calibrated range are clipped, infinities too, and a NaN becomes 0: nothing looks at a whole row, so
 that the quantize of an FFN's hidden activation is done where the up-projection stores it, and that activation never
 exists in full precision. (A NaN in the residual stream stays visible there.)
 
-Shapes: x [..., K], scale fp32 [] or [1]; q int8 [..., K], s fp32 [..., 1], or [..., ceil(K / block)].
+Shapes: x [..., S, K], scale fp32 [], [1] or [S]; q int8 [..., S, K], s fp32 [..., S, 1], or [..., S, ceil(K / block)].
 """
 
 from __future__ import annotations
@@ -22,21 +23,38 @@ from viditq_fx.ops.base import QuantOp, Sample, register
 from viditq_fx.scheme import largest_int
 
 
-def quantize_static(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """x [..., K], scale fp32 [] or [1] -> (q int8 [..., K], s fp32 [..., 1]).
+def positions_of(x: Tensor) -> int:
+    """How many positions a token of x [..., S, K] has in its sequence: S, or 1 where rows are samples, [B, K]."""
+    return x.shape[-2] if x.dim() > 2 else 1
 
-    Raises ValueError for `bits` outside 2..8 or a scale of more elements.
+
+def quantize_static(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """x [..., S, K], scale fp32 [], [1] or [S] -> (q int8 [..., S, K], s fp32 [..., S, 1]).
+
+    Element p of a scale [S] is that of x[..., p, :]. Rows x [R, K] may have a scale each, [R].
+    Raises ValueError for `bits` outside 2..8 or a scale of another shape.
     """
-    if not 2 <= bits <= 8 or scale.numel() != 1:
-        raise ValueError(
-            f"quantize_static: bits={bits} is 2 to 8, and one scale is given; got {tuple(scale.shape)}"
-        )
-    qmax = largest_int(bits)
+    qmax = _checked(x, scale, bits)
+    one = scale.dim() == 0 or scale.shape[0] == 1
+    divisor = scale.reshape(()) if one else scale.unsqueeze(-1)
     x_f32 = x.to(torch.float32)
-    scaled = torch.round(x_f32 / scale.reshape(()))
+    scaled = torch.round(x_f32 / divisor)
     finite = torch.where(scaled == scaled, scaled, torch.zeros_like(scaled))
     q = torch.clamp(finite, -qmax, qmax).to(torch.int8)
-    return q, x.new_ones((*x.shape[:-1], 1), dtype=torch.float32) * scale.reshape(())
+    return q, x.new_ones((*x.shape[:-1], 1), dtype=torch.float32) * divisor
+
+
+def _checked(x: Tensor, scale: Tensor, bits: int) -> int:
+    """The largest integer of `bits`; see `quantize_static` for what is refused."""
+    rows = x.shape[-2] if x.dim() > 1 else 1
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantize_static: bits are 2 to 8, not {bits}")
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != 1 and scale.shape[0] != rows):
+        raise ValueError(
+            f"quantize_static: one scale is given, [] or [1], or one for each position of x [..., S, K]; got a scale "
+            f"{tuple(scale.shape)} for x {tuple(x.shape)}"
+        )
+    return largest_int(bits)
 
 
 def fake_static(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -57,6 +75,10 @@ def _static_samples(device: torch.device) -> Iterator[Sample]:
     x = torch.randn(2, 5, 40, generator=gen, device=device)
     yield Sample(label="fp32", args=(x, torch.tensor(0.02, device=device), 8))
     yield Sample(label="bf16-clipped", args=(x.to(torch.bfloat16), torch.tensor([0.01], device=device), 6))
+    scale_S = torch.rand(5, generator=gen, device=device).add(0.5).mul(0.02)
+    yield Sample(label="positions", args=(x, scale_S, 8))
+    yield Sample(label="positions-fp16-strided", args=(x.to(torch.float16).transpose(0, 1), scale_S[:2], 4))
+    yield Sample(label="rows", args=(x[0], scale_S, 7))
 
 
 def _block_samples(device: torch.device) -> Iterator[Sample]:

@@ -120,7 +120,8 @@ def quantize_input(
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] -> (integers or e4m3 [..., K], fp32 scales [..., 1] or [..., blocks]), by the dialect's ops.
 
-    `multiplier` and `rotation` are those of ops/rotate.py; `scale` [] is calibration's, where ranges are static.
+    `multiplier` and `rotation` are those of ops/rotate.py; `scale` ([], [1], or [S] for x [..., S, K]) is
+    calibration's, where ranges are static.
     """
     if scheme.floating:
         return QUANTIZE_FP8_PER_TOKEN.overload(x)
@@ -201,17 +202,25 @@ def name_of(scheme: QuantScheme) -> Tensor:
     return torch.tensor(list(str(scheme).encode()), dtype=torch.uint8)
 
 
-def why_other_weight(name: Tensor | None, scheme: QuantScheme) -> str | None:
-    """Why a weight that was saved with this name is not one of `scheme`; None if it is, or was saved without."""
+def why_other_weight(name: Tensor | None, scheme: QuantScheme, *, scaled: bool = False) -> str | None:
+    """Why a weight that was saved with this name is not one of `scheme`; None if it is, or was saved without.
+
+    `scaled`: an input scale of calibration was saved beside it, which has to be one of `scheme` too.
+    """
     if name is None:
         return None
     if name.dtype != torch.uint8 or name.dim() != 1 or name.device.type == "meta":
         return f"scheme: a name in uint8 expected, got {name.dtype} {tuple(name.shape)} on {name.device}"
     told = bytes(name.tolist()).decode("ascii", "replace")
     try:
-        same = QuantScheme.parse(told).weight_form == scheme.weight_form
+        saved = QuantScheme.parse(told)
     except SchemeError as error:
         return f"scheme: {error}"
-    if same:
+    if scaled and (saved.input_range, saved.input_bits) != (scheme.input_range, scheme.input_bits):
+        return (
+            f"scheme: the saved input scale is of {told}, this layer's of {scheme}; quantize it by the recipe that was "
+            "saved"
+        )
+    if saved.weight_form == scheme.weight_form:
         return None
     return f"scheme: the saved weight is of {told}, this layer of {scheme}; quantize it as the saved one was"

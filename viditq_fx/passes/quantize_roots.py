@@ -38,7 +38,11 @@ class QuantizeRewrite(Rewrite):
 
     @staticmethod
     def quantize_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
-        """The quantize nodes of a graph that a pass put before linears."""
+        """The quantize nodes of a graph that a pass put before linears, but those with scales of calibration.
+
+        These have nothing to find over a row, so compilers fold them into what is in front by themselves; and a scale
+        by position is of the places that tokens have in front of the linear, not above a permute or a cat.
+        """
         for node in gm.graph.nodes:
             if node.target is ops.QUANTIZE_PER_TOKEN.overload and SITE_KEY in node.meta:
                 yield node

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from viditq_fx.errors import RecipeError
+from viditq_fx.errors import RecipeError, other_positions
 from viditq_fx.graph_edit import call, example
 from viditq_fx.ops.rotate import rotation_block
+from viditq_fx.ops.static_scale import positions_of
 from viditq_fx.ops.weight_forms import Multiplier
 from viditq_fx.passes.base import ConstantSlot, PassContext
 from viditq_fx.passes.dataflow import is_argument, is_constant_argument
@@ -107,9 +109,9 @@ def constant_input(
 
 
 def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node, ctx: PassContext) -> fx.Node:
-    """Insert what gives the calibrated scale of a site's input, fp32 [1]; at the insertion point.
+    """Insert what gives the calibrated scale of a site's input, fp32 [1], or [S] by position; at the insertion point.
 
-    Raises RecipeError where the recipe has none, or the graph has no timestep to choose it by.
+    Raises RecipeError where the recipe has none or one of other positions, or the graph no timestep to choose by.
     """
     plan = site_plan(fqn, ctx)
     wanted = 0 if scheme.input_range == "static" else 1
@@ -123,8 +125,10 @@ def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node,
     values = plan.input_scale.reshape(-1)
     if not (bool(torch.isfinite(values).all()) and bool((values > 0).all())):
         raise RecipeError(f"{fqn}: the recipe's input scales are not positive numbers")
+    if scheme.input_range == "position":
+        check_positions(fqn, values.numel(), positions_of(example(x)))
     table = constant_input(graph, values, f"{fqn}:input_scale", "input_scale", x, ctx)
-    if scheme.input_range == "static":
+    if scheme.input_range != "timestep":
         return table
     if values.numel() != len(ctx.recipe.edges) + 1:
         raise RecipeError(
@@ -132,6 +136,22 @@ def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node,
         )
     bucket = _bucket(graph, fqn, linear, ctx)
     return call(graph, torch.index_select, (table, 0, bucket), linear)
+
+
+def check_positions(fqn: str, known: int, read: int | torch.SymInt) -> None:
+    """Raise RecipeError where a site reads tokens at other positions than the `known` ones that it has scales for.
+
+    A number that is a symbol is compared too, and so becomes a guard of the graph: a call with another number is
+    compiled anew, and comes here again, in place of taking scales that are of other tokens.
+    """
+    symbolic = isinstance(read, torch.SymInt)
+    if symbolic and free_unbacked_symbols(read):
+        raise RecipeError(
+            f"{fqn}: the recipe has scales for {known} positions of a token, and how many tokens this graph reads is "
+            "known only while it runs; choose a scheme without '-position'"
+        )
+    if read != known:
+        raise other_positions(fqn, known, int(read))
 
 
 def _bucket(graph: fx.Graph, fqn: str, linear: fx.Node, ctx: PassContext) -> fx.Node:
