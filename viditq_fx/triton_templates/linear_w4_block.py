@@ -263,6 +263,9 @@ def _template(op: QuantOp, packed: bool, group: int | None) -> KernelTemplate:
     # With weight groups too, 16x64 spills four times on sm_80.
     skinny = {80: _SKINNY[1 if group else 0 :], 89: _SKINNY, 90: _SKINNY_SWAPPED, 100: _SKINNY_SWAPPED[::2]}
     deepest = group or BLOCK  # no tile lies in two groups
+    wide = {arch: tuple(c for c in configs if c.block_k <= deepest) for arch, configs in _WIDE.items()}
+    if group == 64:  # its 64x256 spills under Triton 3.6
+        wide[100] = wide[100][1:]
     return KernelTemplate(
         name=op.name + (f"_g{group}" if group else ""),
         ops=(op,),
@@ -270,7 +273,7 @@ def _template(op: QuantOp, packed: bool, group: int | None) -> KernelTemplate:
         kernel="linear_w4_block_kernel",
         configs=(
             *((arch, "skinny", configs) for arch, configs in skinny.items()),
-            *((arch, "wide", tuple(c for c in wide if c.block_k <= deepest)) for arch, wide in _WIDE.items()),
+            *((arch, "wide", configs) for arch, configs in wide.items()),
         ),
         supports=partial(_supports, group=group),
         constants=partial(constants, packed=packed, group=group or 0),
