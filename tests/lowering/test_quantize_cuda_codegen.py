@@ -92,6 +92,22 @@ def test_rotation_is_one_launch_of_ours(dynamic):
     assert not re.search(r"empty_strided_cuda\([^)]*3072\)[^)]*torch\.float32", body)
 
 
+def test_what_a_norm_makes_is_stored_once_for_a_rotation():
+    """Passed twice, for the multiplier that there is not, it was stored twice."""
+
+    def make():
+        def function(x, scale):
+            h = torch.nn.functional.layer_norm(x, (1152,)) * (1 + scale)
+            return torch.ops.viditq.rotate_quantize.default(h, None, 64, 8, 0)
+
+        return function, empty(2, 1024, 1152), empty(2, 1, 1152)
+
+    code, ours, _ = generate(make)
+    assert ours == ["rotate_quantize"]
+    body = code[code.index("def call") :]
+    assert len(re.findall(r"empty_strided_cuda\([^\n]*1152[^\n]*torch\.bfloat16", body)) == 1
+
+
 def test_launched_kernel_assembles_with_wide_loads():
     code, *_ = generate(rotated(group=128))
     (source,) = (text for name, text in kernel_sources(code).items() if name.startswith("rotate_quantize"))

@@ -169,7 +169,9 @@ def launch(
     rows = x_MK.shape[0]
     if rows == 0:
         return q, s
-    factor = x_MK if multiplier is None else multiplier.to(torch.float32).contiguous()
+    # Not x in the multiplier's place: Inductor would store what a norm makes twice, to pass it twice.
+    none = x.new_empty(1, dtype=torch.float32)
+    factor = none if multiplier is None else multiplier.to(torch.float32).contiguous()
     (run or (lambda kernel: kernel))(rotate_quantize_kernel)[(triton.cdiv(rows, config.block_m),)](
         x_MK, factor, q, s, rows, x_MK.stride(0), **fixed, num_warps=config.num_warps
     )
