@@ -5,7 +5,7 @@
 
 In fp32 from the input to the integers. Composite: a compiler fuses it into one read and one write.
 
-Shapes: x, gate [..., K] (often the two halves of one tensor); q int8 [..., K], s fp32 [..., 1].
+Shapes: x, gate [..., K] (often the two halves of one tensor), or gate [K]; q int8 [..., K], s fp32 [..., 1].
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def _samples(device: torch.device) -> Iterator[Sample]:
     value, gate = both.chunk(2, dim=-1)
     yield Sample(label="swiglu-halves", args=(value, "silu", gate, 8))
     yield Sample(label="geglu-7-bit", args=(value, "gelu", gate, 7))
+    yield Sample(label="vector", args=(value, "gelu", gate[0, 0].float(), 8))
 
 
 ACTIVATION_QUANTIZE = register(

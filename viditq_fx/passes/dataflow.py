@@ -172,6 +172,11 @@ def same_size(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def same_shape(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are equal, as `same_size` asks of sizes."""
+    return len(one) == len(other) and all(map(same_size, one, other))
+
+
 def _is_linear(node: fx.Node) -> bool:
     if node.target is torch.nn.functional.linear or op_name(node).startswith("linear_w"):
         return True

@@ -27,7 +27,7 @@ from viditq_fx.graph_edit import example
 from viditq_fx.ops.weight_forms import Multiplier
 from viditq_fx.passes.annotate_sites import SITE_KEY
 from viditq_fx.passes.base import Match, PassContext, Reject
-from viditq_fx.passes.dataflow import same_size
+from viditq_fx.passes.dataflow import same_shape
 from viditq_fx.passes.effects import Writes
 from viditq_fx.passes.fuse_norm_quantize import (
     MODULATIONS,
@@ -204,7 +204,7 @@ class FoldBalance(Rewrite):
         assert isinstance(x, fx.Node)
         shape = example(x).shape
         norm = found.values.get("norm")
-        if isinstance(norm, fx.Node) and not _same_shape(example(norm).shape, shape):
+        if isinstance(norm, fx.Node) and not same_shape(example(norm).shape, shape):
             return "scale or shift broadcasts the norm's result to another shape"
         for name in ("scale", "factor", "shift"):
             value = found.values.get(name)
@@ -213,7 +213,7 @@ class FoldBalance(Rewrite):
             tensor = example(value)
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return f"{name} is no tensor of floats"
-            if _same_shape(tensor.shape, shape):
+            if same_shape(tensor.shape, shape):
                 return f"{name} has as many numbers as what it modulates: to balance them is no less work"
         values = found.values["multiplier"].meta[CONSTANT_KEY].values
         if example(x).dtype == torch.float16 and float(values.abs().max()) > _LARGEST_IN_FP16:
@@ -273,7 +273,3 @@ def _alike(root: fx.Node) -> list[fx.Node]:
     """What else balances the same value by the same multiplier."""
     x, m = root.args[:2]
     return [user for user in x.users if user is not root and multiplier_of(user) is m]  # type: ignore[union-attr]
-
-
-def _same_shape(one: torch.Size, other: torch.Size) -> bool:
-    return len(one) == len(other) and all(map(same_size, one, other))

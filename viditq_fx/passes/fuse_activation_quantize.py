@@ -1,7 +1,8 @@
 """Fold the activation of a feed-forward into the quantize that follows it.
 
 quantize(act(x))         ->  activation_quantize(x, act)
-quantize(act(x) * gate)  ->  activation_quantize(x, act, gate)        GEGLU, SwiGLU: halves of one tensor or two
+quantize(act(x) * gate)  ->  activation_quantize(x, act, gate)        GEGLU, SwiGLU: halves of one tensor or two;
+                                                                      or a vector, the balance of a recipe
 
 A GELU that is concatenated with attention's output (the parallel block of Flux) is left to the compiler.
 """
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from viditq_fx import ops
 from viditq_fx.graph_edit import example
 from viditq_fx.passes.base import PassContext
-from viditq_fx.passes.dataflow import same_size
+from viditq_fx.passes.dataflow import same_shape
 from viditq_fx.passes.pattern import Example, Expression, Found, Pattern, call, quantized, variable
 from viditq_fx.passes.quantize_roots import QuantizeRewrite
 
@@ -70,6 +71,11 @@ def swiglu(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.linear(value * F.silu(gate), w)
 
 
+def by_channel(x: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """A number for each channel in place of a gate, as balance puts it there."""
+    return F.linear(F.gelu(x) * m, w)
+
+
 def read_twice(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """The activated value goes elsewhere too."""
     h = F.gelu(x)
@@ -92,6 +98,12 @@ class FuseActivationQuantize(QuantizeRewrite):
         Example(label="GELU", program=feed_forward, inputs=lambda: _drawn((2, 20, 64), (64, 64)), matches=1),
         Example(label="SwiGLU", program=swiglu, inputs=lambda: _drawn((2, 20, 128), (64, 64)), matches=1),
         Example(
+            label="GELU times a vector",
+            program=by_channel,
+            inputs=lambda: _drawn((2, 20, 64), (64,), (64, 64)),
+            matches=1,
+        ),
+        Example(
             label="the value is used unquantized too",
             program=read_twice,
             inputs=lambda: _drawn((2, 20, 64), (64, 64)),
@@ -104,9 +116,11 @@ class FuseActivationQuantize(QuantizeRewrite):
         values = [found.values[name] for name in ("x", "gate") if name in found.values]
         if not all(isinstance(v, fx.Node) and isinstance(example(v), torch.Tensor) for v in values):
             return "an operand of the activation is no tensor"
-        shapes = [example(v).shape for v in values]
+        x, *gate = (example(v).shape for v in values)
         whole = example(found.root.args[0]).shape  # type: ignore[arg-type]
-        if any(len(s) != len(whole) or not all(map(same_size, s, whole)) for s in shapes):
+        if not same_shape(x, whole) or not all(
+            same_shape(shape, whole) or same_shape(shape, whole[-1:]) for shape in gate
+        ):
             return "the activation and its gate differ in shape"
         return None
 

@@ -94,7 +94,7 @@ def _wrap_input(
         scale = None
         if scheme.calibrated:
             scale = input_scale(graph, linear.meta[SITE_KEY].fqn, scheme, linear, ctx)
-        # Calibrated scales are a site's own: equal ones of other sites have other nodes.
+        # Equal scales of calibration are one node, see input_scale.
         key = (x, scheme.input_bits, scheme.floating, scheme.block, transform, scale)
         if key not in quantized:
             pair = _quantize_input(graph, linear, scheme, transform, scale, ctx)

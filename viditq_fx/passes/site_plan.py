@@ -127,7 +127,8 @@ def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node,
         raise RecipeError(f"{fqn}: the recipe's input scales are not positive numbers")
     if scheme.input_range == "position":
         check_positions(fqn, values.numel(), positions_of(example(x)))
-    table = constant_input(graph, values, f"{fqn}:input_scale", "input_scale", x, ctx)
+    # By value: q, k and v have the scales of one plan, and share one quantize and one wide GEMM by them.
+    table = constant_input(graph, values, Multiplier.of(values), "input_scale", x, ctx)
     if scheme.input_range != "timestep":
         return table
     if values.numel() != len(ctx.recipe.edges) + 1:
@@ -135,7 +136,9 @@ def input_scale(graph: fx.Graph, fqn: str, scheme: QuantScheme, linear: fx.Node,
             f"{fqn}: {values.numel()} scales for {len(ctx.recipe.edges) + 1} ranges of the timestep"
         )
     bucket = _bucket(graph, fqn, linear, ctx)
-    return call(graph, torch.index_select, (table, 0, bucket), linear)
+    operands = (table, 0, bucket)
+    known = (node for node in table.users if node.target is torch.index_select and node.args == operands)
+    return next(known, None) or call(graph, torch.index_select, operands, linear)
 
 
 def check_positions(fqn: str, known: int, read: int | torch.SymInt) -> None:
