@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 import viditq_fx as vq
 from tests.small_models import TinyDiT, tiny_dit, tiny_inputs
+from viditq_fx.calibration import reservoir, statistics
+from viditq_fx.calibration.ledger import Ledger
 from viditq_fx.calibration.run import collect
 from viditq_fx.runtime import executions
 
@@ -346,3 +348,26 @@ def test_one_path_with_two_widths_gets_no_transform():
     assert set(recipe.sites) == {""}
     assert recipe.sites[""].multiplier is None
     assert "different K" in recipe.sites[""].reason
+
+
+def test_room_for_all_inputs_is_made_before_a_graph_runs(monkeypatch):
+    """What is kept must not lie between activations: see kept.py."""
+    made = []
+
+    def note(owner, name, what):
+        original = getattr(owner, name)
+
+        def noted(*given, **named):
+            made.append(what)
+            return original(*given, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(statistics, "kept_zeros", "room")
+    note(reservoir, "kept_zeros", "room")
+    note(Ledger, "see", "seen")
+    model = tiny_dit(layers=1)
+    collect(model, calls(model, STEPS[:1]))
+    first, last = made.index("seen"), len(made) - made[::-1].index("seen")
+    assert made[:first].count("room") == 2 * made.count("seen")  # statistics and rows
+    assert "room" not in made[first:last]

@@ -99,6 +99,14 @@ class Ledger:
             if record.parts and (bucket, branch) not in record.parts
         }
 
+    def expect(self, key: InputKey, dtype: torch.dtype, device: torch.device) -> None:
+        """Make what will be kept of an input before the first activations are there: see kept.py."""
+        record = self._record(key)
+        record.reservoir.reserve(key.depth, dtype, device)
+        for branch in range(self.branches):
+            if (self._bucket, branch) not in record.parts:
+                self._ready[key, branch] = Statistics.empty(key.depth, device)
+
     def see(self, key: InputKey, x: Tensor) -> None:
         """Count an input [..., K] of the call.
 

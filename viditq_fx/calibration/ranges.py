@@ -42,6 +42,9 @@ class TransformedRanges:
         """What follows belongs to a call at this timestep."""
         self._range = range_of(self.edges, timestep)
 
+    def expect(self, key: InputKey, dtype: torch.dtype, device: torch.device) -> None:
+        """A number or a row of them for each input: no room to make."""
+
     def see(self, key: InputKey, x: Tensor) -> None:
         """Look at an input [..., S, K] of the call. Raises RecipeError where positions count and S differs."""
         transform = self.transforms.get(key)

@@ -41,9 +41,14 @@ class Reservoir:
     @property
     def rows_RK(self) -> Tensor | None:
         """A copy of the rows, by key; None before the first."""
-        if self._held is None:
+        if self._held is None or not self.keys:
             return None
         return self._held[torch.tensor(self._places, device=self._held.device)]
+
+    def reserve(self, depth: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make room for rows of K = `depth`, if there is none yet."""
+        if self._held is None:
+            (self._held,) = kept_zeros([((self.size, depth), dtype)], device)
 
     def add(self, x_MK: Tensor, timestep: float | None, *identity: object) -> None:
         """Offer the rows of one call; `identity` tells this call from all others."""
@@ -63,10 +68,9 @@ class Reservoir:
 
     def _take(self, keys: list[float], timesteps: list[float], rows: Tensor) -> None:
         """Put new rows where those stood that they drive out."""
+        self.reserve(rows.shape[1], rows.dtype, rows.device)
         held = self._held
-        if held is None:
-            (held,) = kept_zeros([((self.size, rows.shape[1]), rows.dtype)], rows.device)
-            self._held = held
+        assert held is not None
         old = len(self.keys)
         keys, timesteps = self.keys + keys, self.timesteps + timesteps
         order = sorted(range(len(keys)), key=keys.__getitem__)[: self.size]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from viditq_fx.calibration.groups import Group, group_sites
@@ -122,6 +123,9 @@ class _Inputs:
 
     def begin_call(self, timestep: float | None) -> None:
         self.timesteps.append(timestep)
+
+    def expect(self, key: InputKey, dtype: torch.dtype, device: torch.device) -> None:
+        """Nothing of an input is kept."""
 
     def see(self, key: InputKey, x: Tensor) -> None:
         self.seen.setdefault(key, InputRecord(key=key, reservoir=Reservoir(size=0)))

@@ -19,7 +19,7 @@ from viditq_fx.calibration.ledger import InputKey
 from viditq_fx.calibration.sightings import Sightings
 from viditq_fx.calibration.timesteps import TimestepArgument
 from viditq_fx.errors import RecipeError
-from viditq_fx.graph_edit import copy_graph_module
+from viditq_fx.graph_edit import copy_graph_module, example
 from viditq_fx.ops.linear import without_autocast
 from viditq_fx.passes.annotate_sites import AnnotateSites
 from viditq_fx.passes.base import PassContext
@@ -49,6 +49,9 @@ class Sink(Protocol):
     def begin_call(self, timestep: float | None) -> None:
         """A call of the model begins."""
 
+    def expect(self, key: InputKey, dtype: torch.dtype, device: torch.device) -> None:
+        """A graph that is about to run for the first time has such an input: make room for what is kept of it."""
+
     def see(self, key: InputKey, x: Tensor) -> None:
         """The linears that `key` names are about to read x [..., K]."""
 
@@ -72,7 +75,7 @@ class Watch:
         """Arguments of the first call."""
         self.sink: Sink | None = None
         self.on_call: Callable[[], None] = lambda: None
-        self._backend = _Backend(keep, self.sightings, self._see)
+        self._backend = _Backend(keep, self.sightings, self._see, self._expect)
         self._compiled = torch.compile(_fresh_call(self.model), backend=self._backend)
         self._stack = ExitStack()
 
@@ -125,6 +128,11 @@ class Watch:
         self.on_call()
         return result
 
+    def _expect(self, key: InputKey, example: Tensor) -> None:
+        assert self.sink is not None
+        with torch.inference_mode(False), torch.no_grad():
+            self.sink.expect(key, example.dtype, example.device)
+
     def _see(self, key: InputKey, x: Tensor) -> None:
         assert self.sink is not None
         # What is kept must be writable outside of the user's inference_mode too.
@@ -170,12 +178,16 @@ class _Observe(nn.Module):
         self._keys: dict[tuple[int, ...], InputKey] = {}
 
     def forward(self, x: Tensor, *weights: Tensor) -> None:
+        self._backend.see(self.key(*weights), x)
+
+    def key(self, *weights: Tensor) -> InputKey:
+        """Which linears these weights are of."""
         identity = tuple(map(id, weights))
         if identity not in self._keys:
             sightings = self._backend.sightings
             paths = {sightings.path_of(w, e.fqn) for w, e in zip(weights, self._entries, strict=True)}
             self._keys[identity] = InputKey(tuple(sorted(paths)), self._entries[0].depth)
-        self._backend.see(self._keys[identity], x)
+        return self._keys[identity]
 
 
 class _Register(nn.Module):
@@ -202,9 +214,13 @@ class _Backend:
     """
 
     def __init__(
-        self, keep: tuple[str, ...], sightings: Sightings, see: Callable[[InputKey, Tensor], None]
+        self,
+        keep: tuple[str, ...],
+        sightings: Sightings,
+        see: Callable[[InputKey, Tensor], None],
+        expect: Callable[[InputKey, Tensor], None],
     ) -> None:
-        self._keep, self.see = keep, see
+        self._keep, self.see, self._expect = keep, see, expect
         self._sightings: Sightings | None = sightings
         self._graphs: list[fx.GraphModule] = []
         self.count = 0
@@ -233,7 +249,9 @@ class _Backend:
         found = cross_attention_linears(watched.graph)
         crossing = [ctx.sites[node.name] for node in found if node.name in ctx.sites]
         LinearizeConvolutions().run(watched, ctx)
-        self._insert_observers(watched, ctx, crossing)
+        self._insert_observers(
+            watched, ctx, crossing, lambda node: _value(node, gm, positions, example_inputs)
+        )
         watched.recompile()
         index = len(self._graphs)
         self._graphs.append(watched)
@@ -243,9 +261,15 @@ class _Backend:
     def forget(self) -> None:
         """Hold nothing of the model any longer."""
         self._graphs, self._sightings = [], None
-        self.see = _nobody
+        self.see = self._expect = _nobody
 
-    def _insert_observers(self, gm: fx.GraphModule, ctx: PassContext, crossing: list[SiteReport]) -> None:
+    def _insert_observers(
+        self,
+        gm: fx.GraphModule,
+        ctx: PassContext,
+        crossing: list[SiteReport],
+        value: Callable[[fx.Node], Any],
+    ) -> None:
         found = [(_parameter_of(n), ctx.sites[n.name]) for n in gm.graph.nodes if n.name in ctx.sites]
         known = [(parameter, entry) for parameter, entry in found if parameter is not None]
         gm.add_submodule("viditq_register", _Register(self, [entry for _, entry in known], crossing))
@@ -255,9 +279,12 @@ class _Backend:
             x = linears[0].args[0]
             assert isinstance(x, fx.Node)
             name = f"viditq_observe_{number}"
-            gm.add_submodule(name, _Observe(self, [ctx.sites[node.name] for node in linears]))
+            observer = _Observe(self, [ctx.sites[node.name] for node in linears])
+            gm.add_submodule(name, observer)
+            weights = [_parameter_of(node) for node in linears]
             with gm.graph.inserting_before(linears[0]):
-                gm.graph.call_module(name, (x, *map(_parameter_of, linears)))
+                gm.graph.call_module(name, (x, *weights))
+            self._expect(observer.key(*(value(node) for node in weights if node is not None)), example(x))
 
 
 def _nobody(key: InputKey, x: Tensor) -> None:
