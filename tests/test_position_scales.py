@@ -143,7 +143,7 @@ def test_layers_refuse_other_sequences_eagerly_and_compiled(recipe):
         ("rows", 20 * TOKENS, r"rows: .* for 480 positions .* reads 1"),  # as many as there are rows
         ("time", PLACES, r"time: .* for 6 positions .* reads 4"),
         ("image", 5, r"image: .* for 5 positions .* reads 24"),
-        ("each", None, r"each: scheme 'w8a8-position' takes its input's scale from calibration"),
+        ("each", None, r"each: .*scheme 'w8a8-position' takes"),
     ],
 )
 @torch.no_grad()

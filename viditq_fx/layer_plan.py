@@ -33,11 +33,16 @@ def complete_plan(scheme: QuantScheme | SitePlan, depth: int, name: str) -> Site
         raise RecipeError(
             f"{name}: the recipe rotates blocks of {plan.rotation}, which do not divide K={depth}"
         )
-    dims = None if plan.input_scale is None else plan.input_scale.dim()
-    if plan.scheme.calibrated and dims != (0 if plan.scheme.input_range == "static" else 1):
+    if plan.scheme.calibrated and plan.input_scale is None:
         raise RecipeError(
             f"{name}: scheme {str(plan.scheme)!r} takes its input's scale from calibration: pass a recipe of "
             "viditq_fx.calibrate(model, run, scheme=...)"
+        )
+    wanted = 0 if plan.scheme.input_range == "static" else 1
+    if plan.scheme.calibrated and plan.input_scale is not None and plan.input_scale.dim() != wanted:
+        raise RecipeError(
+            f"{name}: the recipe's input_scale is {tuple(plan.input_scale.shape)}; scheme {str(plan.scheme)!r} takes "
+            f"{'one number, ()' if wanted == 0 else 'a vector'}"
         )
     return plan
 

@@ -104,6 +104,8 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weight_q.shape[0], in_features
         self.scheme, self.rotation = plan.scheme, plan.rotation
         self._scheme_name = str(plan.scheme)
+        self._path = ""
+        """Where the layer stands in its model, for what its errors say."""
         self.weight_dtype = weight_dtype
         self.clock: Clock | None = None
         """Where the range of the timestep is read, for scheme '-timestep'; `quantize_` sets it."""
@@ -159,6 +161,7 @@ class QuantLinear(nn.Module):
                     raise WeightError(f"{name}: the weight holds NaN or infinity, so it has no scale")
                 memo[key] = own(q), *vectors
             layer = cls(memo[key], bias, plan, weight.dtype, weight[0].numel(), **options)
+        layer._path = name
         for hooks in _HOOKS:  # the dicts themselves: a handle removes its hook from the dict that it knows
             layer.__dict__[hooks] = getattr(linear, hooks)
         return layer.train(linear.training)
@@ -209,13 +212,16 @@ class QuantLinear(nn.Module):
         """The calibrated scale of this call of x [..., K]; None where scales are found at run time."""
         if self._input_scale is not None and self.scheme.input_range == "position":
             if positions_of(x) != self._input_scale.shape[0]:
-                raise other_positions(self.extra_repr(), self._input_scale.shape[0], positions_of(x))
+                raise other_positions(
+                    self._path or self.extra_repr(), self._input_scale.shape[0], positions_of(x)
+                )
             return self._input_scale
         if self._input_scale is None or self.scheme.input_range != "timestep":
             return self._input_scale
         if self.clock is None:
             raise RecipeError(
-                f"{self.extra_repr()}: no model tells this layer its timestep; quantize_ the whole model by the recipe"
+                f"{self._path or self.extra_repr()}: no model tells this layer its timestep; quantize_ the whole model "
+                "by the recipe"
             )
         return self._input_scale.index_select(0, self.clock.read(self._input_scale.device))
 

@@ -350,6 +350,28 @@ def test_one_path_with_two_widths_gets_no_transform():
     assert "different K" in recipe.sites[""].reason
 
 
+class Fallible(nn.Module):
+    """A graph whose linear is never reached where `index` names no row."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.a, self.b = nn.Embedding(4, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, index, flag):
+        return self.b(self.emb(index)) if flag else self.a(self.emb(index))
+
+
+def test_a_call_that_fails_and_is_caught_leaves_nothing():
+    model = Fallible()
+
+    def run():
+        with pytest.raises(IndexError):
+            model(torch.full((1, 40), 9), True)
+        model(torch.ones(1, 40, dtype=torch.int64), False)
+
+    assert set(vq.calibrate(model, run, scheme="w8a8").sites) == {"a"}
+
+
 def test_room_for_all_inputs_is_made_before_a_graph_runs(monkeypatch):
     """What is kept must not lie between activations: see kept.py."""
     made = []

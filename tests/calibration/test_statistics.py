@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from viditq_fx.calibration.ledger import InputKey, Ledger
 from viditq_fx.calibration.statistics import BINS, BINS_PER_OCTAVE, LOWEST_EXPONENT, Statistics
+from viditq_fx.calibration.timesteps import Buckets
 from viditq_fx.cpu_kernels import reduce_rows
 
 KERNELS = ("ours", "torch")
@@ -95,6 +97,18 @@ def test_rows_of_zeros_and_signed_zeros(kernel: str) -> None:
     found.add(x_MK)
     assert found.token_ranges() == (0.0, 0.0, 0.0)
     assert int(found.histogram[0]) == 5
+
+
+def test_what_was_counted_moves_to_the_device_of_the_rows():
+    """Of a run that goes on, or of a model that moved; meta stands for a device that is not here."""
+    ledger, key = Ledger(rows=0, seed=0, branches=1, buckets=Buckets(limit=4)), InputKey(("fc",), 8)
+    ledger.begin_call(None)
+    ledger.see(key, torch.ones(3, 8))
+    ledger.begin_call(None)
+    ledger.see(key, torch.ones(3, 8, device="meta"))
+    (part,) = ledger.inputs[key].parts.values()
+    assert part.low.device.type == "meta"
+    assert part.count == 6
 
 
 def test_the_rows_are_left_alone(kernel: str) -> None:

@@ -73,6 +73,8 @@ class Ledger:
     _sample: int = 0
     _call: int = 0
     _seen: dict[InputKey, int] = field(default_factory=dict)
+    _expected: dict[InputKey, InputRecord] = field(default_factory=dict)
+    """Inputs that no call has shown yet: the graph that has them may fail before."""
     _ready: dict[tuple[InputKey, int], Statistics] = field(default_factory=dict)
 
     def begin_sample(self, index: int) -> None:
@@ -101,7 +103,7 @@ class Ledger:
 
     def expect(self, key: InputKey, dtype: torch.dtype, device: torch.device) -> None:
         """Make what will be kept of an input before the first activations are there: see kept.py."""
-        record = self._record(key)
+        record = self.inputs.get(key) or self._expected.setdefault(key, self._new(key))
         record.reservoir.reserve(key.depth, dtype, device)
         for branch in range(self.branches):
             if (self._bucket, branch) not in record.parts:
@@ -126,6 +128,11 @@ class Ledger:
             )
         for branch, part in enumerate(x_MK.chunk(self.branches)):
             place = self._bucket, branch
+            known = record.parts.get(place)
+            if (
+                known is not None and known.low.device != x.device
+            ):  # of an interrupted run, or the model moved
+                record.parts[place] = merged([known], key.depth, x.device)
             if place not in record.parts:
                 ready = self._ready.pop((key, branch), None)
                 if ready is None or ready.low.device != x.device:
@@ -139,8 +146,11 @@ class Ledger:
 
     def _record(self, key: InputKey) -> InputRecord:
         if key not in self.inputs:
-            self.inputs[key] = InputRecord(key=key, reservoir=Reservoir(size=self.rows))
+            self.inputs[key] = self._expected.pop(key, None) or self._new(key)
         return self.inputs[key]
+
+    def _new(self, key: InputKey) -> InputRecord:
+        return InputRecord(key=key, reservoir=Reservoir(size=self.rows))
 
     def _grow(self, grew: Bucket, taken: Bucket) -> None:
         for record in self.inputs.values():

@@ -166,9 +166,11 @@ class Statistics:
         return mine
 
 
-def merged(parts: Iterator[Statistics] | list[Statistics], depth: int) -> Statistics:
-    """All of `parts` together, on the CPU; of no rows where there are none."""
-    whole = Statistics.empty(depth)
+def merged(
+    parts: Iterator[Statistics] | list[Statistics], depth: int, device: torch.device | str = "cpu"
+) -> Statistics:
+    """All of `parts` together, on one device; of no rows where there are none."""
+    whole = Statistics.empty(depth, device)
     for part in parts:
         whole.merge(part)
     return whole

@@ -39,6 +39,7 @@ def reduce_rows(x_MK: Tensor, low_K: Tensor, high_K: Tensor, total_K: Tensor, sq
 
     low and high are contiguous fp32 [K], total and square fp64 [K]. Raises MemoryError where there is none for K sums.
     """
+    assert all(t.device.type == "cpu" and t.is_contiguous() for t in (low_K, high_K, total_K, square_K))
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     rows, depth = x_MK.shape
     amax_M = torch.empty(rows, dtype=torch.float32)

@@ -54,9 +54,6 @@ from viditq_fx.recipe import Recipe, SitePlan
 from viditq_fx.scheme import QuantScheme
 from viditq_fx.site import Site
 
-_LARGEST_IN_FP16 = 256.0
-"""Of |m|: fp16 ends at 65504, which leaves modulated norms up to 255; a channel that calibration saw dead has more."""
-
 
 def multiplied(value: Expression) -> Expression:
     return value * variable("multiplier")
@@ -213,11 +210,11 @@ class FoldBalance(Rewrite):
             tensor = example(value)
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return f"{name} is no tensor of floats"
-            if same_shape(tensor.shape, shape):
+            # Its product with m has all channels: a number for each token becomes one for each element.
+            if tensor.dim() and same_shape(torch.Size((*tensor.shape[:-1], shape[-1])), shape):
                 return f"{name} has as many numbers as what it modulates: to balance them is no less work"
-        values = found.values["multiplier"].meta[CONSTANT_KEY].values
-        if example(x).dtype == torch.float16 and float(values.abs().max()) > _LARGEST_IN_FP16:
-            return f"the balance multiplies by up to {float(values.abs().max()):.0f}, which may be too much for fp16"
+        if example(x).dtype == torch.float16 and not all(map(_is_product, (found.root, *_alike(found.root)))):
+            return "what a rotation reads would be balanced in fp16, which ends at 65504; the rotation does it in fp32"
         return None
 
     def replace(self, gm: fx.GraphModule, found: Found, ctx: PassContext) -> str:
@@ -229,7 +226,7 @@ class FoldBalance(Rewrite):
             # What a rotation reads is written to memory: no wider than it was.
             kept = _cast(gm.graph, wide, example(x).dtype, group[0])  # type: ignore[arg-type]
         for node in group:
-            if node.target is torch.mul or (node.target is ops.ROTATE.overload and node.args[2] == 1):
+            if _is_product(node):
                 node.replace_all_uses_with(wide)
             else:
                 node.update_arg(0, kept)
@@ -273,3 +270,10 @@ def _alike(root: fx.Node) -> list[fx.Node]:
     """What else balances the same value by the same multiplier."""
     x, m = root.args[:2]
     return [user for user in x.users if user is not root and multiplier_of(user) is m]  # type: ignore[union-attr]
+
+
+def _is_product(root: fx.Node) -> bool:
+    """Whether x * m is all that a root computes."""
+    if root.target is ops.ROTATE.overload:
+        return int(root.args[2]) == 1  # type: ignore[arg-type]
+    return root.target is torch.mul
