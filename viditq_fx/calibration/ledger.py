@@ -129,9 +129,8 @@ class Ledger:
         for branch, part in enumerate(x_MK.chunk(self.branches)):
             place = self._bucket, branch
             known = record.parts.get(place)
-            if (
-                known is not None and known.low.device != x.device
-            ):  # of an interrupted run, or the model moved
+            # Counted before an interruption, or before the model moved.
+            if known is not None and known.low.device != x.device:
                 record.parts[place] = merged([known], key.depth, x.device)
             if place not in record.parts:
                 ready = self._ready.pop((key, branch), None)

@@ -12,7 +12,7 @@ Shapes: m fp32 [K]; n [..., K]; scale, factor and shift broadcast to [..., K].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -26,9 +26,8 @@ from viditq_fx.graph_edit import call as insert
 from viditq_fx.graph_edit import example
 from viditq_fx.ops.weight_forms import Multiplier
 from viditq_fx.passes.annotate_sites import SITE_KEY
-from viditq_fx.passes.base import Match, PassContext, Reject
+from viditq_fx.passes.base import PassContext
 from viditq_fx.passes.dataflow import same_shape
-from viditq_fx.passes.effects import Writes
 from viditq_fx.passes.fuse_norm_quantize import (
     MODULATIONS,
     NORMS,
@@ -43,7 +42,6 @@ from viditq_fx.passes.pattern import (
     Pattern,
     Rewrite,
     call,
-    erase_idle,
     number,
     variable,
     whole,
@@ -173,24 +171,8 @@ class FoldBalance(Rewrite):
         stamped = next((node for node in (root, *root.users) if SITE_KEY in node.meta), root)
         return super().site(stamped)
 
-    def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
-        """As of any rewrite, but that all that balance one value by one multiplier are folded at once."""
-        results: list[Match | Reject] = []
-        writes = Writes(gm.graph)
-        done: set[fx.Node] = set()
-        for root in list(self.roots(gm, ctx)):
-            if root in done:
-                continue
-            site, alike = self.site(root), _alike(root)
-            found, reason = self.first_accepted(root, ctx, writes, alike)
-            if found is not None:
-                done.update(alike)
-                results.append(Match(site=site, detail=self.replace(gm, found, ctx)))
-                erase_idle(gm.graph, found)
-            elif reason is not None:
-                results.append(Reject(site=site, reason=reason))
-                self.declined(root, reason, ctx)
-        return tuple(results)
+    def together(self, root: fx.Node) -> Sequence[fx.Node]:
+        return _alike(root)
 
     def declined(self, root: fx.Node, reason: str, ctx: PassContext) -> None:
         for reader in root.users if root.target is torch.mul else ():

@@ -239,13 +239,21 @@ class Rewrite(Pass):
         """The site that a root belongs to: by default its own, or the module in which it stands."""
         return root.meta.get(SITE_KEY) or Site(fqn_of_node(root))
 
+    def together(self, root: fx.Node) -> Sequence[fx.Node]:
+        """Other roots that `replace` replaces with this one, and that may read what is inside; none by default."""
+        return ()
+
     def run(self, gm: fx.GraphModule, ctx: PassContext) -> tuple[Match | Reject, ...]:
         results: list[Match | Reject] = []
         writes = Writes(gm.graph)
+        done: set[fx.Node] = set()
         for root in list(self.roots(gm, ctx)):
-            site = self.site(root)
-            found, reason = self.first_accepted(root, ctx, writes)
+            if root in done:
+                continue
+            site, together = self.site(root), self.together(root)
+            found, reason = self.first_accepted(root, ctx, writes, together)
             if found is not None:
+                done.update(together)
                 results.append(Match(site=site, detail=self.replace(gm, found, ctx)))
                 erase_idle(gm.graph, found)
             elif reason is not None:
