@@ -121,10 +121,13 @@ def _onednn() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
+    from viditq_fx.cpu_kernels import reduce_rows
     from viditq_fx.lowering.select_cpu import choose_cpu_kernel
     from viditq_fx.scheme import QuantScheme, available_schemes
 
-    findings = []
+    reason = reduce_rows.unavailable()
+    detail = f"torch's ops, slower with the same ranges: {reason}" if reason else "one read of the rows"
+    findings = [Finding(name="calibration on the CPU", state="note" if reason else "ok", detail=detail)]
     for name in available_schemes():
         scheme = QuantScheme.parse(name)
         if scheme.floating:  # what a GPU computes
