@@ -3,11 +3,12 @@
     PYTHONPATH=. python benchmarks/calibration.py [--model digits|video] [--count 10] [--steps 20] [--batch 10]
         [--rounds 5] [--schemes w8a8,w4a8-asym] [--out FILE]
 
-Time. Rounds take turns: plain, watched cold (a new watch: tracing included), watched again under the same watch
-(warm), then the whole of `vq.calibrate` for each scheme: tracing, watching, the search of balance and rotation, and
-for a static scheme with rotated sites a second run. A ratio is of CPU seconds of this process, user and system, one
-thread: other processes on the machine then count less than in wall seconds, which stand beside them. The search is
-also told apart, in seconds. Medians over the rounds, with the least and the largest.
+Time. A round takes turns: watched cold (a new watch: tracing included) and again under the same watch (warm), then the
+whole of `vq.calibrate` for each scheme: tracing, watching, the search of balance and rotation, and for a static scheme
+with rotated sites a second run. Before and after each of these stands a plain run, and a ratio is over the mean of
+these two: the machine's speed drifts by more in a round than what is measured. It is of CPU seconds of this process,
+user and system, one thread: other processes on the machine then count less than in wall seconds, which stand beside
+them. The search is also told apart, in seconds. Medians over the rounds, with the least and the largest.
 
 Memory. `ru_maxrss`, the largest resident memory of a whole process: a new process loads the model and samples
 plainly, another calibrates over the same samples. Nothing is subtracted, so both hold Python, torch, diffusers and
@@ -25,7 +26,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,42 +80,56 @@ def nbytes(found: Findings) -> tuple[int, int]:
 def one_round(
     model: torch.nn.Module, run: Callable[[], Any], schemes: list[str]
 ) -> tuple[dict[str, float], Findings]:
-    """Seconds by what was done, and what the watch found."""
+    """Seconds by what was done and of the plain runs around it, and what the watch found."""
     row: dict[str, float] = {}
+    before = cost(run)
 
-    def timed(name: str, work: Callable[[], Any]) -> None:
-        row[f"{name}_cpu_s"], row[f"{name}_wall_s"] = cost(work)
-
-    torch._dynamo.reset()
-    timed("plain", run)
-    asked = read_options("w8a8", (), None, None)
-    found: list[Findings] = []
-    with Watch(model, keep=()) as watch:
-
-        def watched() -> None:
-            found.append(observe(watch, Samples(model, run), asked, progress_of(False), None))
-
-        timed("cold", watched)
-        timed("warm", watched)
-    plan_transform = calibration_run.plan_transform
-    for scheme in schemes:
+    def beside_plain(name: str, measured: Callable[[], dict[str, tuple[float, float]]]) -> None:
+        """Note what `measured` found, and the mean of the plain runs before and after it."""
+        nonlocal before
         torch._dynamo.reset()
-        planning = 0.0
+        costs, after = measured(), cost(run)
+        for index, clock in enumerate(("cpu", "wall")):
+            row[f"{name}_plain_{clock}_s"] = (before[index] + after[index]) / 2
+            row.update({f"{part}_{clock}_s": seconds[index] for part, seconds in costs.items()})
+        before = after
 
-        def planned(*args: Any) -> Any:
-            nonlocal planning
-            start = time.process_time()
-            chosen = plan_transform(*args)
-            planning += time.process_time() - start
-            return chosen
+    found: list[Findings] = []
 
-        calibration_run.plan_transform = planned
-        try:
-            timed(scheme, lambda scheme=scheme: vq.calibrate(model, run, scheme=scheme))
-        finally:
-            calibration_run.plan_transform = plan_transform
-        row[f"{scheme}_planning_cpu_s"] = planning
+    def watching() -> dict[str, tuple[float, float]]:
+        asked = read_options("w8a8", (), None, None)
+        with Watch(model, keep=()) as watch:
+
+            def watched() -> None:
+                found.append(observe(watch, Samples(model, run), asked, progress_of(False), None))
+
+            return {"cold": cost(watched), "warm": cost(watched)}
+
+    beside_plain("watching", watching)
+    for scheme in schemes:
+        with planning_timed() as spent:
+            beside_plain(scheme, lambda s=scheme: {s: cost(lambda: vq.calibrate(model, run, scheme=s))})
+        row[f"{scheme}_planning_cpu_s"] = sum(spent)
     return row, found[-1]
+
+
+@contextmanager
+def planning_timed() -> Iterator[list[float]]:
+    """The CPU seconds that the search takes for each group of sites."""
+    plan_transform = calibration_run.plan_transform
+    spent: list[float] = []
+
+    def planned(*args: Any) -> Any:
+        start = time.process_time()
+        chosen = plan_transform(*args)
+        spent.append(time.process_time() - start)
+        return chosen
+
+    calibration_run.plan_transform = planned
+    try:
+        yield spent
+    finally:
+        calibration_run.plan_transform = plan_transform
 
 
 def peak(options: argparse.Namespace, what: str) -> dict[str, float]:
@@ -137,11 +153,11 @@ def report_peak(options: argparse.Namespace) -> None:
     print(json.dumps({"before_MB": round(before, 1), "peak_MB": round(most, 1)}))
 
 
-def ratios(rounds: list[dict[str, float]], name: str) -> dict[str, float]:
-    """Of a part's CPU and wall seconds over the plain run's: median, least and largest of the rounds' own ratios."""
+def ratios(rounds: list[dict[str, float]], name: str, beside: str) -> dict[str, float]:
+    """Of a part's CPU and wall seconds over the plain runs' beside it: median, least and largest of the rounds."""
     found: dict[str, float] = {}
     for clock in ("cpu", "wall"):
-        values = [row[f"{name}_{clock}_s"] / row[f"plain_{clock}_s"] for row in rounds]
+        values = [row[f"{name}_{clock}_s"] / row[f"{beside}_plain_{clock}_s"] for row in rounds]
         for word, pick in (("median", statistics.median), ("least", min), ("largest", max)):
             found[f"{clock}_{word}"] = round(pick(values), 3)
     return found
@@ -167,9 +183,9 @@ def record_of(
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "time_ratio": {
-            "watching, tracing included": ratios(rounds, "cold"),
-            "watching, traced before": ratios(rounds, "warm"),
-            **{f"calibrate {scheme}, everything": ratios(rounds, scheme) for scheme in schemes},
+            "watching, tracing included": ratios(rounds, "cold", "watching"),
+            "watching, traced before": ratios(rounds, "warm", "watching"),
+            **{f"calibrate {scheme}, everything": ratios(rounds, scheme, scheme) for scheme in schemes},
         },
         "planning_cpu_s": {
             scheme: round(statistics.median(row[f"{scheme}_planning_cpu_s"] for row in rounds), 3)

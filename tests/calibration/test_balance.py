@@ -1,5 +1,7 @@
 """Balance and rotation: the formula, and that the search takes what lowers the error."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,11 +10,13 @@ from torch.nn import functional as F
 import viditq_fx as vq
 from tests.calibration.test_calibrate import calls
 from tests.small_models import tiny_dit
+from viditq_fx.calibration import trial as trial_module
 from viditq_fx.calibration.balance import channel_scale, random_signs
 from viditq_fx.calibration.options import read_options
 from viditq_fx.calibration.run import collect
 from viditq_fx.calibration.trial import TRIED_CHANNELS, Trial, spread_rows
 from viditq_fx.ops.rotate import rotate, transform_weight
+from viditq_fx.ops.weight_forms import Multiplier, linear_in_scheme, quantize_input, quantize_weight
 from viditq_fx.scheme import QuantScheme
 
 
@@ -151,9 +155,10 @@ def test_the_error_of_a_trial_is_that_of_the_linear():
     model = tiny_dit(layers=1)
     group = collect(model, calls(model)).group("blocks.0.down")
     multiplier = torch.rand(256) + 0.5
-    got = Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64)
+    trial = Trial(group, QuantScheme.parse("w8a8"))
+    (got,) = trial.errors([(multiplier, 64)])
     with torch.autocast("cpu", torch.bfloat16):  # around the whole calibration, as around sampling
-        assert Trial(group, QuantScheme.parse("w8a8")).error(multiplier, 64) == got
+        assert Trial(group, QuantScheme.parse("w8a8")).errors([(multiplier, 64)]) == [got]
     x, w = group.reservoir().rows_RK, model.blocks[0].down.weight
     xq, wq = rotate(x, multiplier, 64), transform_weight(w, multiplier, 64)
     xs, ws = (t.abs().amax(1, keepdim=True) / 127 for t in (xq, wq))
@@ -161,3 +166,28 @@ def test_the_error_of_a_trial_is_that_of_the_linear():
     truth = x @ w.t()
     assert got == pytest.approx(float((y - truth).norm() / truth.norm()), rel=1e-3)
     assert 0 < got < 0.03
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 64 * 64 * 2, 1 << 19], ids=["one", "two", "all"])
+@pytest.mark.parametrize(
+    "name", ["w8a8", "w6a6", "w4a8-asym", "w4a8-g64-bgr", "w4a8-svd16", "w4a8-block-asym", "w4a4-block"]
+)
+def test_candidates_tried_together_lose_what_each_loses_alone(name, at_once, monkeypatch):
+    model, scheme = tiny_dit(layers=1), QuantScheme.parse(name)
+    group = collect(model, calls(model)).group("blocks.0.q")
+    gen = torch.Generator().manual_seed(0)
+    multipliers = [None, *(torch.rand(64, generator=gen) * 3 + 0.1 for _ in range(4))]
+    candidates = [(multiplier, rotation) for rotation in (1, 64) for multiplier in multipliers]
+    monkeypatch.setattr(trial_module, "TRIED_AT_ONCE", at_once)
+    got = Trial(group, scheme).errors(candidates)
+    rows, weights = group.reservoir().rows_RK.float(), [linear.matrix for linear in group.linears]
+    assert len(weights) == 3
+    for (multiplier, rotation), error in zip(candidates, got, strict=True):
+        key = None if multiplier is None else Multiplier.of(multiplier)
+        form = replace(scheme.weight_form, rotation=rotation, multiplier=key)
+        q, scale = quantize_input(rows, scheme, multiplier, rotation)
+        total = 0.0
+        for w in weights:
+            y = linear_in_scheme(scheme, rows, q, scale, quantize_weight(w, form), None, torch.float32)
+            total += float((y - rows @ w.t()).square().sum() / (rows @ w.t()).square().sum())
+        assert error == pytest.approx((total / 3) ** 0.5, rel=1e-4)

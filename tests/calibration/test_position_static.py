@@ -121,7 +121,10 @@ def test_a_trial_quantizes_all_ranges_at_once_as_each_apart(kind, multiplied, ro
     edges = found.buckets.edges() if kind == "timestep" else ()
     group, scheme = found.group("blocks.0.down"), QuantScheme.parse(f"w8a6-{kind}")
     multiplier = torch.rand(256, generator=torch.Generator().manual_seed(0)) + 0.5 if multiplied else None
-    q, scale = Trial(group, scheme, edges)._quantized(multiplier, rotation)
+    used = torch.ones(256) if multiplier is None else multiplier
+    q, scale = (
+        of[1] for of in Trial(group, scheme, edges)._quantized(torch.stack([used * 3, used]), rotation)
+    )
     kept = group.reservoir()
     ranges = torch.tensor([range_of(edges, t) for t in kept.timesteps])
     assert len(ranges.unique()) == (4 if edges else 1)

@@ -135,8 +135,8 @@ def _candidate(
 def _best(candidates: list[tuple[str, Transform]], trial: Trial, note: str) -> Transform:
     """The candidate of least error; a kind that costs more has to be better by LEAST_GAIN."""
     kinds: dict[str, tuple[float, Transform]] = {}
-    for kind, candidate in candidates:
-        error = trial.error(candidate.multiplier, candidate.rotation)
+    errors = trial.errors([(candidate.multiplier, candidate.rotation) for _, candidate in candidates])
+    for (kind, candidate), error in zip(candidates, errors, strict=True):
         if kind not in kinds or error < kinds[kind][0]:
             kinds[kind] = error, candidate
     order = [kind for kind in _KINDS.values() if kind in kinds]

@@ -197,6 +197,13 @@ def join_weights(parts: Sequence[Stored]) -> Stored:
     return torch.cat(whole), *(torch.cat(vectors, dim=-1) for vectors in rest)
 
 
+def split_weight(stored: Stored, count: int) -> list[Stored]:
+    """The inverse of `join_weights` for `count` weights of one shape."""
+    whole, *rest = stored
+    columns = (vectors.chunk(count, dim=-1) for vectors in rest)
+    return list(zip(whole.chunk(count), *columns, strict=True))
+
+
 def name_of(scheme: QuantScheme) -> Tensor:
     """A scheme's name as a state dict holds it: uint8 [characters]."""
     return torch.tensor(list(str(scheme).encode()), dtype=torch.uint8)
