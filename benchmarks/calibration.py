@@ -87,9 +87,10 @@ def cost(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def sample_plainly(model: torch.nn.Module, run: Callable[[], Any]) -> None:
-    """The plain process: sample until the parent ends it, and tell when each call of the model began."""
+    """The plain process: sample until the parent ends it or is gone, and tell when each call of the model began."""
+    parent = os.getppid()
     model.register_forward_pre_hook(lambda *_: say(at=time.monotonic(), cpu_s=time.process_time()))
-    while True:
+    while os.getppid() == parent:
         run()
 
 
@@ -159,9 +160,8 @@ def be_child(options: argparse.Namespace) -> None:
         return
     os.sched_setaffinity(0, {options.core})
     model, run = subject(options)
-    subject(argparse.Namespace(**{**vars(options), "steps": 1}))[
-        1
-    ]()  # a network of its own: warms the libraries up
+    _, warm_up = subject(argparse.Namespace(**{**vars(options), "steps": 1}))
+    warm_up()
     if options.child == "plain":
         sample_plainly(model, run)
     elif options.child == "watching":
